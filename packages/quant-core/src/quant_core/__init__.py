@@ -1,0 +1,61 @@
+"""Quantisation schemes for Ascend NPUs, with the same operators on CPU.
+
+Schemes are found by (quantisation type, layer type) in a registry, checkpoint formats by entry points; both may come
+from other packages. Nothing here knows an inference engine.
+"""
+
+from quant_core import ops as ops  # noqa: PLC0414 - imported for its effect: torch.ops.npu exists afterwards
+from quant_core.__about__ import __version__
+from quant_core.checkpoint import CheckpointFolder
+from quant_core.errors import (
+    CheckpointError,
+    LayerResolutionError,
+    LimitError,
+    LoadError,
+    QuantError,
+    RegistrationError,
+    UnknownLayerError,
+    UnsupportedSchemeError,
+)
+from quant_core.formats import Detection, Evidence, LayerQuant, LayerQuery, QuantFormat, detect_formats, list_formats
+from quant_core.schemes import params
+from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, AscendMoEScheme, Scheme
+from quant_core.schemes.context import LayerContext, Partition, Shard, StoredForm, StoredTensor
+from quant_core.schemes.params import Param
+from quant_core.schemes.registry import get_scheme_class, list_schemes, register_scheme, require_scheme_class
+
+__all__ = [
+    "AscendAttentionScheme",
+    "AscendLinearScheme",
+    "AscendMoEScheme",
+    "CheckpointError",
+    "CheckpointFolder",
+    "Detection",
+    "Evidence",
+    "LayerContext",
+    "LayerQuant",
+    "LayerQuery",
+    "LayerResolutionError",
+    "LimitError",
+    "LoadError",
+    "Param",
+    "Partition",
+    "QuantError",
+    "QuantFormat",
+    "RegistrationError",
+    "Scheme",
+    "Shard",
+    "StoredForm",
+    "StoredTensor",
+    "UnknownLayerError",
+    "UnsupportedSchemeError",
+    "__version__",
+    "detect_formats",
+    "get_scheme_class",
+    "list_formats",
+    "list_schemes",
+    "ops",
+    "params",
+    "register_scheme",
+    "require_scheme_class",
+]

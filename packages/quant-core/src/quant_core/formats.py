@@ -1,0 +1,254 @@
+"""What a checkpoint format must answer, and how formats are found.
+
+A complete format, in a package of its own that announces it in the entry-point group `quant_core.formats`:
+
+    class EverythingInt8(QuantFormat):
+        name = "everything-int8"
+        vllm_name = "everything-int8"
+
+        @classmethod
+        def detect(cls, folder):
+            marked = folder.config.get("everything_int8")
+            return Detection(cls.name, "config.json says everything_int8") if marked else None
+
+        @classmethod
+        def load(cls, folder):
+            return cls(folder)
+
+        def layer_quant(self, query):
+            modules = query.modules or (query.name,)
+            evidence = Evidence("config.json", "everything_int8", "true")
+            return LayerQuant("W8A8_DYNAMIC", modules, self.stored_forms(modules), (evidence,))
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import ClassVar, Literal, Self
+
+import torch
+
+from quant_core.checkpoint import CheckpointFolder
+from quant_core.errors import LimitError, LoadError, RegistrationError, UnsupportedSchemeError
+from quant_core.schemes.base import AscendLinearScheme, Scheme
+from quant_core.schemes.context import LayerContext, Partition, Shard, StoredForm
+from quant_core.schemes.registry import require_scheme_class
+from quant_core.schemes.verify import verify_stored
+
+#: Entry-point group in which packages announce QuantFormat classes.
+ENTRY_POINT_GROUP = "quant_core.formats"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A format recognised a folder."""
+
+    format: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The entry that a decision rests on."""
+
+    file: str
+    key: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key} = {self.value}"
+
+
+@dataclass(frozen=True)
+class LayerQuery:
+    """An engine's question about one of its layers.
+
+    Attributes:
+        name: the engine's name of the layer.
+        layer_type: `linear`, `moe` or `attention`.
+        modules: the checkpoint modules that the layer stands for, if the engine knows them.
+        packed_modules: otherwise, how the engine fuses: last component of a fused module to those of its members.
+        input_size: input features over all ranks; None takes sizes from the files.
+        output_sizes: output features of each member over all ranks.
+        local_output_sizes: those of this rank; the same if empty.
+        params_dtype: the model's dtype.
+        partition: how the layer is cut.
+        has_bias: whether the engine's layer has a bias.
+        role: which requests the instance serves.
+
+    """
+
+    name: str
+    layer_type: str = "linear"
+    modules: tuple[str, ...] = ()
+    packed_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    input_size: int | None = None
+    output_sizes: tuple[int, ...] = ()
+    local_output_sizes: tuple[int, ...] = ()
+    params_dtype: torch.dtype = torch.bfloat16
+    partition: Partition = Partition()
+    has_bias: bool = False
+    role: Literal["prefill", "decode", "both"] = "both"
+
+
+@dataclass(frozen=True)
+class LayerQuant:
+    """A format's answer.
+
+    Attributes:
+        quant_type: the registered name of the scheme, None for a float layer.
+        modules: the checkpoint modules that the layer is loaded from.
+        stored: what the files hold for each of them.
+        evidence: the entries that decided.
+        reason: why a float layer is one.
+
+    """
+
+    quant_type: str | None
+    modules: tuple[str, ...]
+    stored: tuple[StoredForm, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
+    reason: str = ""
+
+
+class QuantFormat(ABC):
+    """One checkpoint format.
+
+    Attributes:
+        name: its name in messages and tools.
+        vllm_name: the name under which vLLM knows it (`--quantization`).
+        folder: the checkpoint.
+
+    """
+
+    name: ClassVar[str]
+    vllm_name: ClassVar[str]
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self.folder = folder
+
+    @classmethod
+    @abstractmethod
+    def detect(cls, folder: CheckpointFolder) -> Detection | None:
+        """Whether the folder is in this format, and why. Cheap: file names and small JSON files only."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: CheckpointFolder) -> Self:
+        """Read and validate everything that needs no engine.
+
+        Raises:
+            QuantError: with every problem that was found.
+
+        """
+
+    @abstractmethod
+    def layer_quant(self, query: LayerQuery) -> LayerQuant:
+        """How one layer is quantised.
+
+        Raises:
+            UnknownLayerError: if nothing in the checkpoint belongs to the layer.
+            LayerResolutionError: if the checkpoint contradicts itself about it.
+
+        """
+
+    def stored_forms(self, modules: Sequence[str]) -> tuple[StoredForm, ...]:
+        """What the files hold for each module."""
+        return tuple(self.folder.modules.get(module, StoredForm(module)) for module in modules)
+
+    def create_scheme_for_layer(self, query: LayerQuery) -> Scheme | None:
+        """The scheme that serves a layer, checked against limits and files; None for a float layer.
+
+        Raises:
+            UnsupportedSchemeError: if no scheme is registered for the type, or it cannot serve this form of it.
+            LoadError: if the files do not hold what the scheme loads.
+            LayerResolutionError: as `layer_quant`.
+
+        """
+        quant = self.layer_quant(query)
+        return None if quant.quant_type is None else self.create_scheme(query, quant)
+
+    def create_scheme(self, query: LayerQuery, quant: LayerQuant) -> Scheme:
+        """The scheme for an answer that `layer_quant` gave; raises as `create_scheme_for_layer`."""
+        assert quant.quant_type is not None
+        where = "; ".join(str(evidence) for evidence in quant.evidence[:3])
+        scheme_class = require_scheme_class(quant.quant_type, query.layer_type, where=f"{query.name} ({where})")
+        context = layer_context(query, quant, scheme_class)
+        reasons = scheme_class.can_serve(context)
+        if reasons:
+            raise UnsupportedSchemeError(
+                f"{query.name}: the type {quant.quant_type} cannot be served here", where=where, found="; ".join(reasons)
+            )
+        scheme = scheme_class.create(context)
+        if isinstance(scheme, AscendLinearScheme):
+            verify_stored(scheme)
+        return scheme
+
+
+def layer_context(query: LayerQuery, quant: LayerQuant, scheme_class: type[Scheme]) -> LayerContext:
+    """The scheme's view of a layer. Sizes that the engine did not give are read off the stored shapes.
+
+    Raises:
+        LoadError: if neither tells the sizes.
+        LimitError: if the engine has more or fewer members than the checkpoint.
+
+    """
+    modules, stored, sizes = list(quant.modules), list(quant.stored), list(query.output_sizes)
+    input_size = query.input_size
+    if input_size is None or not sizes:
+        told = [_sizes(scheme_class, form) for form in stored]
+        input_size, sizes = told[0][0], [output for _, output in told]
+    if len(modules) == 1 and len(sizes) > 1:  # fused in the checkpoint already
+        modules, stored = modules * len(sizes), stored * len(sizes)
+    if len(modules) != len(sizes):
+        raise LimitError(
+            f"{query.name}: the engine fuses {len(sizes)} members, the checkpoint has {len(modules)}",
+            found=", ".join(modules),
+        )
+    local = query.local_output_sizes or sizes
+    return LayerContext(
+        name=query.name,
+        layer_type=query.layer_type,
+        shards=tuple(Shard(*member) for member in zip(modules, sizes, local, strict=True)),
+        input_size=input_size,
+        params_dtype=query.params_dtype,
+        stored=tuple(stored),
+        partition=query.partition,
+        has_bias=query.has_bias,
+        role=query.role,
+    )
+
+
+def _sizes(scheme_class: type[Scheme], form: StoredForm) -> tuple[int, int]:
+    sizes = scheme_class.stored_sizes(form) if issubclass(scheme_class, AscendLinearScheme) else None
+    if sizes is None:
+        raise LoadError(
+            f"{form.module}: the stored tensors do not tell the layer's sizes",
+            found=", ".join(f"{t.name} {list(t.shape)}" for t in form.tensors.values()) or "no tensor of this name",
+        )
+    return sizes
+
+
+def list_formats() -> dict[str, type[QuantFormat]]:
+    """The installed formats by name.
+
+    Raises:
+        RegistrationError: if a package announces something that is no format, or two announce one name.
+
+    """
+    formats: dict[str, type[QuantFormat]] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        found = entry.load()
+        if not (isinstance(found, type) and issubclass(found, QuantFormat)):
+            raise RegistrationError(f"entry point {entry.name!r} = {entry.value!r} is not a QuantFormat")
+        other = formats.setdefault(found.name, found)
+        if other is not found:
+            raise RegistrationError(f"two formats are called {found.name!r}: {other} and {found}")
+    return dict(sorted(formats.items()))
+
+
+def detect_formats(folder: CheckpointFolder) -> list[Detection]:
+    """Every installed format that recognises the folder."""
+    found = (quant_format.detect(folder) for quant_format in list_formats().values())
+    return [detection for detection in found if detection is not None]

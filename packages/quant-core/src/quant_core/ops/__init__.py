@@ -1,0 +1,71 @@
+"""Makes `torch.ops.npu.*` available: torch_npu's operators where it works, the same operators on CPU everywhere.
+
+Importing this package imports torch_npu if it is there. Every operator of our table that is still undefined is then
+defined with torch_npu's schema, a CPU kernel and a fake function; one that torch_npu defines only gains a CPU kernel
+for CPU tensors, if the dispatcher has none.
+"""
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from quant_core.ops import shapes
+from quant_core.ops.cpu import layout, matmul, quantize
+from quant_core.ops.schemas import SCHEMAS
+
+CPU_KERNELS: dict[str, Callable[..., Any]] = {
+    "npu_quantize": quantize.npu_quantize,
+    "npu_dynamic_quant": quantize.npu_dynamic_quant,
+    "npu_quant_matmul": matmul.npu_quant_matmul,
+    "npu_trans_quant_param": quantize.npu_trans_quant_param,
+    "npu_weight_quant_batchmatmul": matmul.npu_weight_quant_batchmatmul,
+    "npu_format_cast": layout.npu_format_cast,
+}
+
+#: torch_npu's version, or why its operators are not used.
+torch_npu_status: str = ""
+
+# Kept for the life of the process: dropping a Library removes what it registered.
+_library = torch.library.Library("npu", "FRAGMENT")
+
+
+def _import_torch_npu() -> str:
+    """Import torch_npu if there is one; what came of it."""
+    # It must come first: torch_npu aborts the process if somebody else defined one of its operators before.
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed"
+    try:
+        module = importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError) as error:
+        warnings.warn(
+            f"torch_npu is installed but cannot be imported ({error}); its operators run on CPU. On a machine without "
+            "CANN uninstall torch_npu; on an NPU machine source CANN's set_env.sh first.",
+            stacklevel=2,
+        )
+        return f"torch_npu is installed but cannot be imported: {error}"
+    return f"torch_npu {module.__version__}"
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def _register() -> None:
+    """Define and implement what is missing."""
+    defined = {schema.name for schema in torch._C._jit_get_all_schemas()}
+    for name, schema in SCHEMAS.items():
+        qualified = f"npu::{name}"
+        if qualified not in defined:
+            _library.define(name + schema)
+        if not _has_kernel(qualified, "CPU"):
+            _library.impl(name, CPU_KERNELS[name], "CPU")
+        if not _has_kernel(qualified, "Meta"):
+            torch.library.register_fake(qualified, getattr(shapes, name), lib=_library)
+
+
+torch_npu_status = _import_torch_npu()
+_register()

@@ -1,0 +1,1 @@
+"""CPU kernels of the NPU operators, by family. The shared statement of what they compute is operators.md."""

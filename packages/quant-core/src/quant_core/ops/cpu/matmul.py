@@ -1,0 +1,155 @@
+"""Quantised matrix products (operators.md, sections 4 and 7)."""
+
+import torch
+from torch import Tensor
+
+from quant_core.ops.cpu.int8_gemm import int8_gemm
+from quant_core.ops.cpu.quantize import fp19
+from quant_core.ops.dtypes import dtype_of
+
+
+def npu_quant_matmul(
+    x1: Tensor,
+    x2: Tensor,
+    scale: Tensor,
+    *,
+    offset: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    output_dtype: int | None = None,
+    x1_dtype: int | None = None,
+    x2_dtype: int | None = None,
+    pertoken_scale_dtype: int | None = None,
+    scale_dtype: int | None = None,
+    group_sizes: list[int] | None = None,
+    y_scale: Tensor | None = None,
+) -> Tensor:
+    """(x1 @ x2 + int32 bias) * scale * pertoken_scale + float bias.
+
+    Args:
+        x1: int8 [..., m, k].
+        x2: int8 [..., k, n].
+        scale: one or n values; float32, bfloat16, or int64 as `npu_trans_quant_param` encodes it.
+        offset: one or n float32 values, int8 output only.
+        pertoken_scale: float32 [m].
+        bias: [n] or [batch, 1, n]. int32 is added to the sums, anything else to the scaled result.
+        output_dtype: None is int8; float32 is ours, the device has 16-bit results only.
+        x1_dtype: types of the other operands and the rest are for types other than int8.
+        x2_dtype: see x1_dtype.
+        pertoken_scale_dtype: see x1_dtype.
+        scale_dtype: see x1_dtype.
+        group_sizes: see x1_dtype.
+        y_scale: see x1_dtype.
+
+    Returns:
+        [..., m, n].
+
+    Raises:
+        NotImplementedError: for operands other than int8.
+
+    """
+    if x1.dtype != torch.int8 or x2.dtype != torch.int8 or group_sizes or y_scale is not None:
+        raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has int8 x int8, not {x1.dtype} x {x2.dtype}")
+    target = torch.int8 if output_dtype is None else dtype_of(output_dtype)
+    sums = _batched_gemm(x1, x2)
+    if bias is not None and bias.dtype == torch.int32:
+        sums = sums + bias
+        bias = None
+    if target == torch.int32:
+        return sums
+    if target == torch.int8:
+        return _to_int8(sums, scale, offset)
+    values = sums.to(torch.float32)
+    if pertoken_scale is not None:
+        values = values * _plain(scale) * pertoken_scale[:, None]
+    else:
+        # The matmul unit itself scales a float16 result, with 19-bit scales; bfloat16 is scaled in float32.
+        values = values * (fp19(scale) if target == torch.float16 else _plain(scale))
+    if bias is not None:
+        values = values + bias.to(torch.float32)
+    return values.to(target)
+
+
+def npu_weight_quant_batchmatmul(
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> Tensor:
+    """x @ ((weight + offset) * scale) + bias. The offset is added: a format that subtracts passes it negated.
+
+    Args:
+        x: [m, k] floating.
+        weight: int8 [k, n].
+        antiquant_scale: in x's dtype: [1], [n], [1, n], or [ceil(k / group), n].
+        antiquant_offset: as the scale.
+        quant_scale: of an int8 output: [1] or [n].
+        quant_offset: of an int8 output.
+        bias: [n].
+        antiquant_group_size: input features that share a scale; 0 for all.
+        inner_precise: a hint for the device.
+        weight_dtype: None, for int8.
+
+    Returns:
+        [m, n] in x's dtype, or int8.
+
+    Raises:
+        NotImplementedError: for packed weights.
+
+    """
+    if weight.dtype != torch.int8 or weight_dtype is not None:
+        raise NotImplementedError(f"npu_weight_quant_batchmatmul: the CPU kernel has int8 weights, not {weight.dtype}")
+    # Rounded to x's dtype after the addition and again after the product, as the device does.
+    floats = weight.to(x.dtype)
+    if antiquant_offset is not None:
+        floats = floats + _per_row(antiquant_offset, weight, antiquant_group_size)
+    floats = floats * _per_row(antiquant_scale, weight, antiquant_group_size)
+    values = x.to(torch.float32) @ floats.to(torch.float32)
+    if bias is not None:
+        values = values + bias.to(torch.float32)
+    if quant_scale is None:
+        return values.to(x.dtype)
+    values = values * quant_scale.to(torch.float32)
+    if quant_offset is not None:
+        values = values + quant_offset.to(torch.float32)
+    return values.round().clamp(-128, 127).to(torch.int8)
+
+
+def _batched_gemm(x1: Tensor, x2: Tensor) -> Tensor:
+    """int32 sums; batch axes broadcast."""
+    if x2.dim() == 2:  # noqa: PLR2004 - one weight for all rows
+        return int8_gemm(x1.reshape(-1, x1.shape[-1]), x2).view(*x1.shape[:-1], x2.shape[-1])
+    batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
+    left = x1.expand(*batch, *x1.shape[-2:]).reshape(-1, *x1.shape[-2:])
+    right = x2.expand(*batch, *x2.shape[-2:]).reshape(-1, *x2.shape[-2:])
+    products = [int8_gemm(a, b) for a, b in zip(left, right, strict=True)]
+    return torch.stack(products).view(*batch, x1.shape[-2], x2.shape[-1])
+
+
+def _to_int8(sums: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Requantised result: both terms go through signed 9 bits first."""
+    values = (sums.to(torch.float32) * fp19(scale)).round().clamp(-256, 255)
+    if offset is not None:
+        values = values + offset.to(torch.float32).round().clamp(-256, 255)
+    elif scale.dtype == torch.int64:
+        nine_bits = (scale >> 37) & 0x1FF
+        values = values + torch.where(nine_bits > 255, nine_bits - 512, nine_bits)  # noqa: PLR2004 - 9-bit sign
+    return values.clamp(-128, 127).to(torch.int8)
+
+
+def _plain(scale: Tensor) -> Tensor:
+    """A scale as float32. An encoded one is what its low 32 bits say."""
+    return fp19(scale) if scale.dtype == torch.int64 else scale.to(torch.float32)
+
+
+def _per_row(values: Tensor, weight: Tensor, group_size: int) -> Tensor:
+    """Scales or offsets broadcast to [k, n], or to [1, n] where all rows share them."""
+    if group_size == 0:
+        return values.reshape(1, -1)
+    return values.repeat_interleave(group_size, dim=0)[: weight.shape[0]]

@@ -1,0 +1,130 @@
+"""Quantising activations, and encoding scales.
+
+Arithmetic is float32 whatever the input; rounding is to nearest, ties to even; codes saturate before the cast, which
+in torch would wrap (operators.md, sections 2 and 5).
+"""
+
+import torch
+from torch import Tensor
+
+from quant_core.ops.dtypes import dtype_of
+
+_RANGES = {torch.qint8: (-128, 127, torch.int8), torch.quint8: (0, 255, torch.uint8)}
+
+# Rows per block: the intermediate float32 values of a block then stay in the cache.
+_ROWS = 128
+
+
+def npu_quantize(
+    input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int = 1, div_mode: bool = True
+) -> Tensor:
+    """Static quantisation: rint(x / scales + zp), or rint(x * scales + zp) with div_mode False.
+
+    Args:
+        input: [..., k], floating.
+        scales: one value, or one per index of the axis.
+        zero_points: as scales.
+        dtype: qint8 (int8 codes) or quint8 (uint8 codes).
+        axis: the axis of scales. With div_mode False anything but -2 means the last one.
+        div_mode: divide by the scales, or multiply.
+
+    Raises:
+        NotImplementedError: for another target type.
+
+    """
+    target = dtype_of(dtype)
+    if target not in _RANGES:
+        raise NotImplementedError(f"npu_quantize: the CPU kernel has no {target}; it has {list(_RANGES)}")
+    if not div_mode and axis != -2:  # noqa: PLR2004 - the axis
+        axis = -1
+    low, high, carrier = _RANGES[target]
+    scale = _along(scales, input, axis)
+    zero_point = None if zero_points is None else _along(zero_points, input, axis)
+    values = input.to(torch.float32)
+    values = values / scale if div_mode else values * scale
+    if zero_point is not None:
+        values = values + zero_point
+    return values.round_().nan_to_num_(0.0).clamp_(low, high).to(carrier)
+
+
+def npu_dynamic_quant(
+    input: Tensor,
+    *,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Per-token symmetric int8: scale = max|x| / 127, codes = rint(x / scale); a zero row has scale 0.
+
+    Args:
+        input: [..., k], floating.
+        smooth_scales: [k], multiplied first.
+        group_index: not supported on CPU.
+        dst_type: None or int8.
+        quant_mode: `pertoken` only.
+        dst_type_max: not supported on CPU.
+
+    Returns:
+        int8 codes [..., k] and float32 scales [...].
+
+    Raises:
+        NotImplementedError: for a mode that the CPU kernel does not have.
+
+    """
+    if group_index is not None or quant_mode != "pertoken" or dst_type_max:
+        raise NotImplementedError(
+            f"npu_dynamic_quant: the CPU kernel has per-token quantisation only (quant_mode={quant_mode!r}, "
+            f"group_index given: {group_index is not None}, dst_type_max={dst_type_max})"
+        )
+    if dst_type is not None and dtype_of(dst_type) not in (torch.int8, torch.qint8):
+        raise NotImplementedError(f"npu_dynamic_quant: the CPU kernel has no dst_type {dst_type}")
+    rows = input.reshape(-1, input.shape[-1])
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    scales = torch.empty(rows.shape[0], dtype=torch.float32)
+    for start in range(0, rows.shape[0], _ROWS):
+        block = rows[start : start + _ROWS].to(torch.float32)
+        if smooth_scales is not None:
+            block = block * smooth_scales.to(torch.float32)
+        scale = block.abs().amax(dim=-1) / 127
+        # A zero row divides by 0: its NaN become the code 0.
+        quantised = (block / scale[:, None]).round_().nan_to_num_(0.0).clamp_(-128, 127)
+        codes[start : start + _ROWS] = quantised.to(torch.int8)
+        scales[start : start + _ROWS] = scale
+    return codes.view(input.shape), scales.view(input.shape[:-1])
+
+
+def npu_trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> Tensor:
+    """Encode float32 scales as the matmul unit reads them: the top 19 bits, bit 46, and an offset in bits 37 to 45."""
+    if offset is not None and scale.shape != offset.shape:
+        scale, offset = torch.broadcast_tensors(scale, offset)
+    bits = scale.to(torch.float32).contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    if round_mode == 1:
+        bits = _nearest_fp19(bits)
+    encoded = (bits & 0xFFFFE000) | (1 << 46)
+    if offset is None:
+        return encoded
+    nine_bits = offset.to(torch.float32).round().clamp(-256, 255).to(torch.int64) & 0x1FF
+    return (encoded & 0x4000FFFFFFFF) | (nine_bits << 37)
+
+
+def fp19(scale: Tensor) -> Tensor:
+    """A scale as the matmul unit sees it: float32 or encoded int64, truncated to 10 mantissa bits, as float32."""
+    bits = scale.to(torch.int32) if scale.dtype == torch.int64 else scale.to(torch.float32).contiguous().view(torch.int32)
+    return (bits & ~0x1FFF).view(torch.float32)
+
+
+def _nearest_fp19(bits: Tensor) -> Tensor:
+    half_minus_one = 0xFFF
+    return bits + half_minus_one + ((bits >> 13) & 1)
+
+
+def _along(values: Tensor, input: Tensor, axis: int) -> Tensor:
+    """Scales or zero points as float32, shaped to broadcast along `axis` of the input."""
+    values = values.to(torch.float32)
+    if values.numel() == 1:
+        return values.reshape(())
+    shape = [1] * input.dim()
+    shape[axis] = values.numel()
+    return values.reshape(shape)

@@ -1,0 +1,1 @@
+"""Schemes: what a quantisation type stores and computes."""

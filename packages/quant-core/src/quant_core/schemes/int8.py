@@ -1,0 +1,30 @@
+"""What the int8 linear types share: the declared weight, and the plain quantiser."""
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.schemes.params import Param, replace_parameter
+
+FRACTAL_NZ = 29
+
+
+def int8_weight(input_size: int, output_size: int) -> dict[str, Param]:
+    """`weight`, int8 [out, in], one value per byte."""
+    return {"weight": Param((output_size, input_size), torch.int8, output_dim=0, input_dim=1)}
+
+
+def transpose_weight(layer: nn.Module) -> None:
+    """[out, in] as stored becomes [in, out] as the matmul operators take it, in the device's layout."""
+    weight = layer.get_parameter("weight").data
+    replace_parameter(layer, "weight", torch.ops.npu.npu_format_cast(weight.t(), FRACTAL_NZ))
+
+
+def symmetric_scale(weight: Tensor, maximum: int = 127) -> Tensor:
+    """Per-channel scale [out, 1] float32: the largest magnitude becomes `maximum`. A zero channel gets 1."""
+    scale = weight.to(torch.float32).abs().amax(dim=1, keepdim=True) / maximum
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def int8_codes(weight: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+    """rint(w / scale + offset), saturated to int8."""
+    return (weight.to(torch.float32) / scale + offset).round().clamp(-128, 127).to(torch.int8)

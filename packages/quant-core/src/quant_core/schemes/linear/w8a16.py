@@ -1,0 +1,102 @@
+"""W8A16: int8 weights, per output channel or per group, multiplied with activations in the model's dtype."""
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.context import LayerContext
+from quant_core.schemes.int8 import int8_codes, int8_weight, symmetric_scale, transpose_weight
+from quant_core.schemes.params import Param, finite, float_values, positive, replace_parameter
+from quant_core.schemes.registry import register_scheme
+
+
+@register_scheme("W8A16", "linear")
+class AscendW8A16LinearMethod(AscendLinearScheme):
+    """y = x ((q - weight_offset) · weight_scale)ᵀ + bias.
+
+    Stored, with g groups of input features (1: per channel):
+        weight: int8 [out, in]
+        weight_scale: float [out, g]
+        weight_offset: float [out, g]
+
+    Run time:
+        weight: int8 [in, out]
+        weight_scale: model dtype [g, out]
+        weight_offset: model dtype [g, out], negated, since the operator adds it
+    """
+
+    @classmethod
+    def can_serve(cls, context: LayerContext) -> list[str]:
+        """Whole groups only."""
+        reasons = super().can_serve(context)
+        groups = _groups(context)
+        if context.input_size % groups:
+            reasons.append(f"{context.input_size} input features cannot be cut into {groups} equal groups")
+        return reasons
+
+    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight`."""
+        return int8_weight(input_size, output_size)
+
+    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight_scale` and `weight_offset`; one group is per channel."""
+        form, groups = self.context.form, _groups(self.context)
+        input_dim = 1 if groups > 1 else None
+        params = {}
+        for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", finite, 0.0)):
+            if form.has(name, default=True):
+                params[name] = Param(
+                    (output_size, groups),
+                    form.float_dtype(name),
+                    output_dim=0,
+                    input_dim=input_dim,
+                    input_step=input_size // groups,
+                    check=check,
+                    dummy=dummy,
+                )
+        return params
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Transpose everything; the operator wants scale and offset in the model's dtype."""
+        transpose_weight(layer)
+        dtype = self.context.params_dtype
+        scale = float_values(layer.get_parameter("weight_scale").data)
+        replace_parameter(layer, "weight_scale", scale.t().contiguous().to(dtype))
+        if hasattr(layer, "weight_offset"):
+            offset = float_values(layer.get_parameter("weight_offset").data)
+            replace_parameter(layer, "weight_offset", (-offset).t().contiguous().to(dtype))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
+        """One operator."""
+        groups = layer.weight_scale.shape[0]
+        if bias is not None and x.dtype == torch.bfloat16:
+            bias = bias.to(torch.float32)  # the operator's rule for bfloat16
+        y = torch.ops.npu.npu_weight_quant_batchmatmul(
+            x.reshape(-1, x.shape[-1]),
+            layer.weight,
+            layer.weight_scale,
+            getattr(layer, "weight_offset", None),
+            bias=bias,
+            antiquant_group_size=layer.weight.shape[0] // groups if groups > 1 else 0,
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def dequantize(self, layer: nn.Module) -> Tensor:
+        """(q - offset) · scale, group by group."""
+        weight = layer.get_parameter("weight").to(torch.float32)
+        scale = float_values(layer.get_parameter("weight_scale"))
+        length = weight.shape[1] // scale.shape[1]
+        if hasattr(layer, "weight_offset"):
+            weight = weight - float_values(layer.get_parameter("weight_offset")).repeat_interleave(length, dim=1)
+        return weight * scale.repeat_interleave(length, dim=1)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Symmetric per channel: the largest magnitude becomes 127."""
+        scale = symmetric_scale(weight)
+        return {"weight": int8_codes(weight, scale), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+
+
+def _groups(context: LayerContext) -> int:
+    """Groups of input features, told by the stored scale's shape."""
+    shape = context.form.shape("weight_scale", (1, 1))
+    return shape[1] if len(shape) == 2 and shape[1] > 0 else 1  # noqa: PLR2004 - [out, groups]

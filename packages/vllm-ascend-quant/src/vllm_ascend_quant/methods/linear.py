@@ -1,0 +1,133 @@
+"""Linear layers."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+
+from quant_core import AscendLinearScheme, LayerQuant, LayerQuery, LimitError, LoadError, Partition
+from quant_core.errors import listing
+from quant_core.schemes.params import layout_of
+from quant_core.schemes.verify import check_values, linear_params
+from vllm_ascend_quant.parameter import AscendParameter, load_replicated, make_parameter
+
+if TYPE_CHECKING:
+    from vllm_ascend_quant.config import AscendQuantizationConfig
+
+
+@register_weight_loader_v2_supported_method
+class AscendLinearMethod(LinearMethodBase):
+    """Turns a scheme's declarations into vLLM parameters and delegates the rest.
+
+    Attributes:
+        quant: the format's answer about the layer.
+        quant_method: the scheme, once the layer's sizes are known.
+
+    """
+
+    def __init__(self, config: "AscendQuantizationConfig", name: str, quant: LayerQuant) -> None:
+        self.config = config
+        self.name = name
+        self.quant = quant
+        self.quant_method: AscendLinearScheme
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Create the scheme, check it against limits and files, and register its parameters.
+
+        Raises:
+            QuantError: as QuantFormat.create_scheme, and for sizes that cannot be cut.
+
+        """
+        assert isinstance(layer, LinearBase)
+        assert self.config.format is not None
+        query = LayerQuery(
+            name=self.name,
+            input_size=input_size,
+            output_sizes=_full_sizes(layer, output_partition_sizes),
+            local_output_sizes=tuple(output_partition_sizes),
+            params_dtype=params_dtype,
+            partition=_partition(layer),
+            has_bias=layer.has_bias,
+        )
+        scheme = self.config.format.create_scheme(query, self.quant)
+        assert isinstance(scheme, AscendLinearScheme)
+        if scheme.folds_bias and layer.has_bias and layer.skip_bias_add:
+            raise LimitError(
+                f"{self.name}: this layer hands its bias to the model, but {self.quant.quant_type} stores it inside the "
+                "weights, so it would be added twice",
+                todo="quantise this layer with a type that keeps the bias apart",
+            )
+        self.quant_method = scheme
+        loader = extra_weight_attrs["weight_loader"]
+        if not isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
+            loader = load_replicated
+        for name, members in linear_params(scheme).items():
+            layout = layout_of(name, members, scheme.context)
+            layer.register_parameter(name, make_parameter(layout, self.name, loader))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Check that everything was loaded and makes sense, then let the scheme build its run-time form.
+
+        Raises:
+            LoadError: names what was not loaded, or values that cannot be used.
+
+        """
+        stored = {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, AscendParameter)}
+        if not self.config.dummy or any(param.filled for param in stored.values()):
+            self._check(stored)
+        for param in stored.values():
+            param.filled.clear()
+        self.quant_method.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The scheme's output."""
+        return self.quant_method.apply(layer, x, bias, self.quant_method.context.partition.rank)
+
+    def _check(self, stored: dict[str, AscendParameter]) -> None:
+        shards = self.quant_method.context.shards
+        missing = [f"{shards[i].name}.{name}" for name, param in stored.items() for i in param.missing()]
+        if missing:
+            raise LoadError(
+                f"{self.name}: {len(missing)} stored parameters were never loaded: {listing(missing)}",
+                where=listing(str(evidence) for evidence in self.quant.evidence),
+                todo="the weights that were sent lack these tensors: check the files, or the iterator of a reload",
+            )
+        for name, param in stored.items():
+            check_values(self.quant_method.context, name, param.plan.param, param.data)
+
+
+def _partition(layer: LinearBase) -> Partition:
+    if isinstance(layer, RowParallelLinear):
+        return Partition("row", layer.tp_rank, layer.tp_size)
+    if isinstance(layer, ColumnParallelLinear):
+        return Partition("column", layer.tp_rank, layer.tp_size)
+    return Partition()
+
+
+def _full_sizes(layer: LinearBase, local: list[int]) -> tuple[int, ...]:
+    """Each member's output features over all ranks; key/value heads may be held by several of them."""
+    if isinstance(layer, QKVParallelLinear) and len(local) == 3:  # noqa: PLR2004 - q, k, v
+        return (
+            layer.total_num_heads * layer.head_size,
+            layer.total_num_kv_heads * layer.head_size,
+            layer.total_num_kv_heads * layer.v_head_size,
+        )
+    parts = layer.tp_size if isinstance(layer, ColumnParallelLinear) else 1
+    return tuple(size * parts for size in local)

@@ -1,0 +1,113 @@
+"""One vLLM parameter class for everything that a scheme declares."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.model_executor.parameter import BasevLLMParameter, PerTensorScaleParameter
+
+from quant_core import LoadError
+from quant_core.schemes.params import ParamLayout
+
+_QKV = {"q": 0, "k": 1, "v": 2}
+
+
+class AscendParameter(BasevLLMParameter):
+    """A local, fused parameter that knows how each member is cut, checks what arrives, and records it.
+
+    Attributes:
+        plan: sizes, axes and members.
+        owner: the layer's name, for messages.
+        filled: the members that were loaded. Shared by vLLM's shallow copies of the parameter, which is wanted:
+            a reload loads through copies. It never steers copying.
+
+    """
+
+    def __new__(cls, layout: ParamLayout, owner: str, weight_loader: Callable[..., None]) -> "AscendParameter":
+        """Allocate the local shape."""
+        data = torch.empty(layout.shape, dtype=layout.param.dtype)
+        parameter: AscendParameter = super().__new__(cls, data=data)
+        return parameter
+
+    def __init__(self, layout: ParamLayout, owner: str, weight_loader: Callable[..., None]) -> None:
+        super().__init__(data=self.data, weight_loader=weight_loader)
+        self.plan = layout
+        self.owner = owner
+        self.filled: set[int] = set()
+        if layout.param.dummy is not None:
+            self.dummy_weight_value = layout.param.dummy
+
+    @property
+    def output_dim(self) -> int | None:
+        """vLLM's name for the axis of output features."""
+        return self.plan.param.output_dim
+
+    @property
+    def input_dim(self) -> int | None:
+        """vLLM's name for the axis of input features."""
+        return self.plan.param.input_dim
+
+    def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        """The one member of a column-parallel layer."""
+        self._load(0, loaded_weight, self.tp_rank)
+
+    def load_row_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        """The one member of a row-parallel layer, whose output features are not cut."""
+        self._load(0, loaded_weight, 0)
+
+    def load_replicated_weight(self, loaded_weight: torch.Tensor, shard_id: int | None) -> None:
+        """A member of a layer that every rank holds whole."""
+        self._load(shard_id or 0, loaded_weight, 0)
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        """A member of a merged column-parallel layer."""
+        self._load(int(kwargs["shard_id"]), loaded_weight, self.tp_rank)
+
+    def load_qkv_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        """A member of an attention projection; `num_heads` ranks share one key/value head."""
+        shard_id = kwargs["shard_id"]
+        member = _QKV[shard_id] if isinstance(shard_id, str) else int(shard_id)
+        self._load(member, loaded_weight, self.tp_rank if member == 0 else self.tp_rank // kwargs.get("num_heads", 1))
+
+    def missing(self) -> list[int]:
+        """Members that were not loaded."""
+        return [i for i in range(len(self.plan.members)) if i not in self.filled]
+
+    def _load(self, member: int, loaded: torch.Tensor, output_part: int) -> None:
+        layout, param = self.plan, self.plan.members[member]
+        if loaded.dim() == 0:
+            loaded = loaded.reshape(1)
+        if tuple(loaded.shape) != param.shape or loaded.dtype != param.dtype:
+            raise LoadError(
+                f"{self.owner}: {layout.name} of member {member} does not fit",
+                found=f"{loaded.dtype} {list(loaded.shape)}",
+                expected=f"{param.dtype} {list(param.shape)}",
+                todo="load weights of the type and size that the model was started with",
+            )
+        target = self.data
+        if layout.axis is not None:
+            part = layout.member(member)
+            size = part.stop - part.start
+            target = target.narrow(layout.axis, part.start, size)
+            if param.output_dim is not None:
+                loaded = loaded.narrow(param.output_dim, output_part * size, size)
+        if param.input_dim is not None and layout.input_parts > 1:
+            size = target.shape[param.input_dim]
+            loaded = loaded.narrow(param.input_dim, self.tp_rank * size, size)
+        target.copy_(loaded)
+        self.filled.add(member)
+
+
+class AscendPerTensorParameter(AscendParameter, PerTensorScaleParameter):
+    """The same for one value per member: vLLM repeats it for each member of a module that was fused on disk."""
+
+
+def make_parameter(layout: ParamLayout, owner: str, weight_loader: Callable[..., None]) -> AscendParameter:
+    """The parameter for a layout."""
+    per_member = layout.param.output_dim is None and not layout.param.shared
+    return (AscendPerTensorParameter if per_member else AscendParameter)(layout, owner, weight_loader)
+
+
+def load_replicated(param: AscendParameter, loaded_weight: torch.Tensor, shard_id: int | None = None) -> None:
+    """Weight loader for replicated layers, whose own would go past the parameter's methods."""
+    param.load_replicated_weight(loaded_weight, shard_id)

@@ -1,0 +1,23 @@
+"""The entry point that vLLM calls in every process."""
+
+from quant_core import list_formats
+from vllm_ascend_quant.compat import check_version
+
+
+def register() -> None:
+    """Register each installed format under its vLLM name, and wrap what vLLM has no hook for. Re-entrant.
+
+    Raises:
+        UnsupportedVllmError: for a vLLM that this package does not know.
+
+    """
+    check_version()
+    # After the check: these import parts of vLLM whose place may differ in other versions.
+    from vllm.model_executor.layers.quantization import register_quantization_config  # noqa: PLC0415
+
+    from vllm_ascend_quant import hooks  # noqa: PLC0415
+    from vllm_ascend_quant.config import config_class  # noqa: PLC0415
+
+    for name, quant_format in list_formats().items():
+        register_quantization_config(quant_format.vllm_name)(config_class(name))
+    hooks.install()

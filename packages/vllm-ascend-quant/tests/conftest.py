@@ -1,0 +1,104 @@
+"""Real vLLM, in this process where possible: an engine then starts in seconds."""
+
+import gc
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
+
+#: The folder with models, checkpoints, reference.json and compare.py: the repository's copies, or all of them.
+DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@contextmanager
+def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
+    """A vLLM engine in this process, shut down afterwards so that the next one can start."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 512, "dtype": "float32"}
+    llm = None
+    try:
+        llm = LLM(str(folder), **{**settings, **options})
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def answers(llm: Any, prompts: list[list[int]], tokens: int = 16) -> list[dict[str, Any]]:
+    """Prompt and greedy log-probabilities in the form that compare.py reads."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, prompt_logprobs=0, logprobs=0, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    results = []
+    for ids, output in zip(prompts, outputs, strict=True):
+        generated = output.outputs[0]
+        results.append(
+            {
+                "token_ids": ids,
+                "prompt_logprobs": [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))],
+                "generated": list(generated.token_ids),
+                "generated_logprobs": [
+                    at[token].logprob for at, token in zip(generated.logprobs, generated.token_ids, strict=True)
+                ],
+            }
+        )
+    return results
+
+
+class Reference:
+    """reference.json with the rule of compare.py."""
+
+    def __init__(self, folder: Path) -> None:
+        spec = importlib.util.spec_from_file_location("compare", folder / "compare.py")
+        assert spec is not None and spec.loader is not None
+        self._compare = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self._compare)
+        self.content = json.loads((folder / "reference.json").read_text())
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return [prompt["token_ids"] for prompt in self.content["prompts"]]
+
+    def judge(self, key: str, results: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
+        """compare.py's verdict: `ok`, `why`, `figures`."""
+        verdict: dict[str, Any] = self._compare.compare(self.content, key, {"prompts": results, "dtype": dtype})
+        return verdict
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """What a correct implementation answers."""
+    return Reference(DATA / "checkpoints")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a writable copy of a checkpoint, to be broken."""
+    import shutil
+
+    def copy(key: str) -> Path:
+        target = tmp_path / key.replace("/", "-")
+        shutil.copytree(DATA / "checkpoints" / key, target, copy_function=shutil.copyfile)
+        target.chmod(0o755)
+        return target
+
+    return copy

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Make this folder again from the project's shared material: ``python testdata/update.py ../shared``.
+
+Everything here is a plain copy, in the layout of its source, so that the same tests run over both folders. Only
+``reference.json`` is cut down, to the checkpoints that were copied. Edit the lists below, run, commit the result.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIMIT = 25_000_000  # bytes that a clone should have to carry at most
+
+MODELS = ["qwen3", "qwen2"]
+CHECKPOINTS = [
+    "msmodelslim/qwen3/W8A8",
+    "msmodelslim/qwen3/W8A8_FP16",
+    "msmodelslim/qwen3/W8A8_DYNAMIC_SHARDED",
+    "msmodelslim/qwen3/W8A16_ASYM",
+    "msmodelslim/qwen3/W8A16_GROUP64",
+    "msmodelslim/qwen3/V0_W8A8_LEGACYNAMES",
+    "msmodelslim/qwen3/V0_W8A8_M4",
+    "msmodelslim/qwen3/MIXED_LAYERS",
+    "msmodelslim/qwen2/W8A8",
+    "msmodelslim/qwen2/W8A8_DYNAMIC",
+    "msmodelslim/qwen3-moe/W8A8_DYNAMIC",
+    "llmcompressor/qwen3/W8A8_DYNAMIC",
+]
+FILES = ["models/eval.jsonl", "checkpoints/compare.py"]
+
+
+def copy(source: Path, name: str) -> None:
+    """Copy a file or a folder's files; their content only, since the source may be read-only."""
+    for file in [source / name] if (source / name).is_file() else sorted((source / name).iterdir()):
+        target = HERE / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+        target.chmod(0o644)
+
+
+def cut_reference(source: Path) -> None:
+    """Keep the numbers of the folders that are here; one line per checkpoint, so that a change shows in a diff."""
+    reference = json.loads((source / "checkpoints/reference.json").read_text())
+    keys = [*(f"float/{model}" for model in MODELS), *CHECKPOINTS]
+    reference["checkpoints"] = {key: reference["checkpoints"][key] for key in keys}
+    reference["not_computed"] = {key: why for key, why in reference["not_computed"].items() if key in keys}
+    lines = [f'"{key}": {json.dumps(value)}' for key, value in reference.items() if key != "checkpoints"]
+    rows = [f'"{key}": {json.dumps(value)}' for key, value in reference["checkpoints"].items()]
+    lines.append('"checkpoints": {\n' + ",\n".join(rows) + "\n}")
+    (HERE / "checkpoints/reference.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main(source: Path) -> None:
+    """Replace the copies below this folder by those of ``source``."""
+    for folder in ("checkpoints", "models"):
+        shutil.rmtree(HERE / folder, ignore_errors=True)
+    for name in [*FILES, *(f"models/{m}" for m in MODELS), *(f"checkpoints/{c}" for c in CHECKPOINTS)]:
+        copy(source, name)
+    cut_reference(source)
+    size = sum(file.stat().st_size for file in HERE.rglob("*") if file.is_file())
+    print(f"{size / 1e6:.1f} MB in {HERE}")
+    if size > LIMIT:
+        sys.exit(f"more than {LIMIT / 1e6:.0f} MB: leave a checkpoint out")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else HERE.parent.parent / "shared").resolve())
