@@ -102,3 +102,15 @@ def checkpoint(tmp_path: Path) -> Callable[[str], Path]:
         return target
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def start_engine() -> Callable[..., Any]:
+    """`with start_engine(folder, dtype="float32") as llm:` (test modules cannot import this file)."""
+    return engine
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., list[dict[str, Any]]]:
+    """`ask(llm, prompts)`: see `answers`."""
+    return answers
