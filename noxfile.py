@@ -115,7 +115,8 @@ def install_torch(session: nox.Session, python: Path) -> None:
 def install_vllm(session: nox.Session, python: Path) -> None:
     """vLLM's CPU build without its requirements, then those that do no harm."""
     pip(session, python, "install", "--no-deps", VLLM)
-    code = f"from importlib.metadata import requires; print(*requires('{VLLM.split('==')[0]}'), sep='\\n')"
+    name = VLLM.partition("==")[0]
+    code = f"import importlib.metadata as m; print(*m.requires({name!r}), sep='\\n')"
     lines = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
     pip(session, python, "install", TORCH, *vllm_requirements(lines))
 
@@ -197,7 +198,7 @@ def prove(session: nox.Session, python: Path, names: tuple[str, ...], vllm: bool
     """Fail unless these of our packages come from the environment, and the others (and vLLM) are not there."""
     present = [package.module for package in PACKAGES if package.name in names]
     absent = [package.module for package in PACKAGES if package.name not in names] + ["vllm"] * (not vllm)
-    session.run(str(python), "-c", PROOF, " ".join(present), " ".join(absent), external=True)
+    session.run(str(python), "-c", PROOF, " ".join(present), " ".join(absent), log=False, external=True)
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------

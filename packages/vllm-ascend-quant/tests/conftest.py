@@ -36,6 +36,9 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         llm = LLM(str(folder), **{**settings, **options})
         yield llm
     finally:
+        if llm is not None:
+            # Now and not when the caller's last reference goes: it would take the next engine's process groups along.
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -4,7 +4,7 @@ Schemes are found by (quantisation type, layer type) in a registry, checkpoint f
 from other packages. Nothing here knows an inference engine.
 """
 
-from quant_core import ops as ops  # noqa: PLC0414 - imported for its effect: torch.ops.npu exists afterwards
+from quant_core import ops as ops
 from quant_core.__about__ import __version__
 from quant_core.checkpoint import CheckpointFolder
 from quant_core.errors import (

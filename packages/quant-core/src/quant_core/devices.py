@@ -9,6 +9,8 @@ import contextvars
 import sys
 from collections.abc import Iterator
 
+from quant_core.errors import LimitError
+
 DEVICES = ("910B", "910C", "950", "310P", "cpu")
 
 _planned: contextvars.ContextVar[str | None] = contextvars.ContextVar("planned_device", default=None)
@@ -32,15 +34,15 @@ def product_of(device_name: str) -> str:
     """The product behind a name as `torch_npu.npu.get_device_name` gives it (`Ascend910B1`, `Ascend910_9382`).
 
     Raises:
-        ValueError: if the name belongs to no product that we know.
+        LimitError: if the name belongs to no product that we know.
 
     """
-    name = device_name.removeprefix("Ascend").upper()
+    name = device_name.upper().removeprefix("ASCEND")
     # 910_93xx is how CANN names the two-die 910C.
     for mark, product in (("910_93", "910C"), ("910C", "910C"), ("910B", "910B"), ("950", "950"), ("310P", "310P")):
         if name.startswith(mark):
             return product
-    raise ValueError(f"unknown Ascend device {device_name!r}; known products: {', '.join(DEVICES[:-1])}")
+    raise LimitError(f"unknown Ascend device {device_name!r}", expected=f"one of {', '.join(DEVICES[:-1])}")
 
 
 @contextlib.contextmanager
@@ -48,11 +50,11 @@ def planned_device(product: str) -> Iterator[None]:
     """Within the block, limits are those of `product`.
 
     Raises:
-        ValueError: if there is no such product.
+        LimitError: if there is no such product.
 
     """
     if product not in DEVICES:
-        raise ValueError(f"unknown product {product!r}; known: {', '.join(DEVICES)}")
+        raise LimitError(f"unknown product {product!r}", expected=f"one of {', '.join(DEVICES)}")
     token = _planned.set(product)
     try:
         yield

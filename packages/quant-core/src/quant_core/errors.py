@@ -5,6 +5,8 @@ report that repeats all arguments and buries the cause. `LimitError` is the exce
 expect a ValueError for sizes that cannot work.
 """
 
+from collections.abc import Iterable
+
 
 class QuantError(Exception):
     """Base of all errors of this project.
@@ -29,7 +31,8 @@ class QuantError(Exception):
     ) -> None:
         parts = {"where": where, "found": found, "expected": expected, "what to do": todo}
         # One argument, already formatted: vLLM sends exceptions between processes by pickle, which calls cls(*args).
-        super().__init__("\n".join([what, *(f"  {name}: {text}" for name, text in parts.items() if text is not None)]))
+        lines = [what, *(f"  {name}: {text}" for name, text in parts.items() if text is not None)]
+        super().__init__(_printable("\n".join(lines)))
 
 
 class CheckpointError(QuantError):
@@ -60,8 +63,13 @@ class RegistrationError(QuantError):
     """Two schemes or formats claim one name, or a class does not fit what it is registered for."""
 
 
-def listing(items: object, limit: int = 8) -> str:
-    """`items` (an iterable) as a comma-separated text that stays readable: at most `limit` of them."""
-    texts = [str(item) for item in items]  # type: ignore[attr-defined]
+def listing(items: Iterable[object], limit: int = 8) -> str:
+    """`items` as a comma-separated text that stays readable: at most `limit` of them."""
+    texts = [str(item) for item in items]
     rest = len(texts) - limit
     return ", ".join(texts[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _printable(text: str) -> str:
+    """Names come from files: control characters and lone surrogates, which no terminal can show, become escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -22,94 +22,32 @@ A complete format, in a package of its own that announces it in the entry-point 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import ClassVar, Literal, Self
-
-import torch
+from typing import ClassVar, Self
 
 from quant_core.checkpoint import CheckpointFolder
 from quant_core.errors import LimitError, LoadError, RegistrationError, UnsupportedSchemeError
+from quant_core.queries import Detection, Evidence, LayerQuant, LayerQuery
 from quant_core.schemes.base import AscendLinearScheme, Scheme
-from quant_core.schemes.context import LayerContext, Partition, Shard, StoredForm
-from quant_core.schemes.registry import require_scheme_class
+from quant_core.schemes.context import LayerContext, Shard, StoredForm
+from quant_core.schemes.registry import load_announced, origin, require_scheme_class
 from quant_core.schemes.verify import verify_stored
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Detection",
+    "Evidence",
+    "LayerQuant",
+    "LayerQuery",
+    "QuantFormat",
+    "detect_formats",
+    "layer_context",
+    "list_formats",
+]
 
 #: Entry-point group in which packages announce QuantFormat classes.
 ENTRY_POINT_GROUP = "quant_core.formats"
-
-
-@dataclass(frozen=True)
-class Detection:
-    """A format recognised a folder."""
-
-    format: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The entry that a decision rests on."""
-
-    file: str
-    key: str
-    value: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.key} = {self.value}"
-
-
-@dataclass(frozen=True)
-class LayerQuery:
-    """An engine's question about one of its layers.
-
-    Attributes:
-        name: the engine's name of the layer.
-        layer_type: `linear`, `moe` or `attention`.
-        modules: the checkpoint modules that the layer stands for, if the engine knows them.
-        packed_modules: otherwise, how the engine fuses: last component of a fused module to those of its members.
-        input_size: input features over all ranks; None takes sizes from the files.
-        output_sizes: output features of each member over all ranks.
-        local_output_sizes: those of this rank; the same if empty.
-        params_dtype: the model's dtype.
-        partition: how the layer is cut.
-        has_bias: whether the engine's layer has a bias.
-        role: which requests the instance serves.
-
-    """
-
-    name: str
-    layer_type: str = "linear"
-    modules: tuple[str, ...] = ()
-    packed_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    input_size: int | None = None
-    output_sizes: tuple[int, ...] = ()
-    local_output_sizes: tuple[int, ...] = ()
-    params_dtype: torch.dtype = torch.bfloat16
-    partition: Partition = Partition()
-    has_bias: bool = False
-    role: Literal["prefill", "decode", "both"] = "both"
-
-
-@dataclass(frozen=True)
-class LayerQuant:
-    """A format's answer.
-
-    Attributes:
-        quant_type: the registered name of the scheme, None for a float layer.
-        modules: the checkpoint modules that the layer is loaded from.
-        stored: what the files hold for each of them.
-        evidence: the entries that decided.
-        reason: why a float layer is one.
-
-    """
-
-    quant_type: str | None
-    modules: tuple[str, ...]
-    stored: tuple[StoredForm, ...] = ()
-    evidence: tuple[Evidence, ...] = ()
-    reason: str = ""
 
 
 class QuantFormat(ABC):
@@ -178,7 +116,9 @@ class QuantFormat(ABC):
         reasons = scheme_class.can_serve(context)
         if reasons:
             raise UnsupportedSchemeError(
-                f"{query.name}: the type {quant.quant_type} cannot be served here", where=where, found="; ".join(reasons)
+                f"{query.name}: the type {quant.quant_type} cannot be served here",
+                where=where,
+                found="; ".join(reasons),
             )
         scheme = scheme_class.create(context)
         if isinstance(scheme, AscendLinearScheme):
@@ -197,16 +137,18 @@ def layer_context(query: LayerQuery, quant: LayerQuant, scheme_class: type[Schem
     modules, stored, sizes = list(quant.modules), list(quant.stored), list(query.output_sizes)
     input_size = query.input_size
     if input_size is None or not sizes:
-        told = [_sizes(scheme_class, form) for form in stored]
-        input_size, sizes = told[0][0], [output for _, output in told]
+        told = [_sizes(scheme_class, form) for form in stored or (StoredForm(query.name),)]
+        input_size = told[0][0] if input_size is None else input_size
+        sizes = sizes or [output for _, output in told]
     if len(modules) == 1 and len(sizes) > 1:  # fused in the checkpoint already
         modules, stored = modules * len(sizes), stored * len(sizes)
-    if len(modules) != len(sizes):
+    local = list(query.local_output_sizes) or sizes
+    if not len(modules) == len(sizes) == len(local):
         raise LimitError(
-            f"{query.name}: the engine fuses {len(sizes)} members, the checkpoint has {len(modules)}",
+            f"{query.name}: the engine fuses {len(sizes)} members ({len(local)} on this rank), the checkpoint has "
+            f"{len(modules)}",
             found=", ".join(modules),
         )
-    local = query.local_output_sizes or sizes
     return LayerContext(
         name=query.name,
         layer_type=query.layer_type,
@@ -234,17 +176,24 @@ def list_formats() -> dict[str, type[QuantFormat]]:
     """The installed formats by name.
 
     Raises:
-        RegistrationError: if a package announces something that is no format, or two announce one name.
+        RegistrationError: if a package announces something that is no format or cannot be imported, or two announce
+            one name.
 
     """
     formats: dict[str, type[QuantFormat]] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        found = entry.load()
-        if not (isinstance(found, type) and issubclass(found, QuantFormat)):
-            raise RegistrationError(f"entry point {entry.name!r} = {entry.value!r} is not a QuantFormat")
+        found = load_announced(entry)
+        if not (isinstance(found, type) and issubclass(found, QuantFormat) and hasattr(found, "name")):
+            raise RegistrationError(
+                f"entry point {entry.name!r} = {entry.value!r} is not a QuantFormat with a name", found=found
+            )
         other = formats.setdefault(found.name, found)
         if other is not found:
-            raise RegistrationError(f"two formats are called {found.name!r}: {other} and {found}")
+            raise RegistrationError(
+                f"two formats are called {found.name!r}",
+                found=f"{origin(other)} and {origin(found)}",
+                todo="uninstall the package of one of them",
+            )
     return dict(sorted(formats.items()))
 
 

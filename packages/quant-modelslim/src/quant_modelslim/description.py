@@ -3,7 +3,7 @@
 Writers and their dialects: formats/modelslim.md, sections 1 to 3.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quant_core import CheckpointError, CheckpointFolder
 from quant_core.errors import listing
 
+#: The format's name.
+NAME = "modelslim"
+
 PATTERN = "quant_model_description*.json"
 FLOAT = "FLOAT"
 
@@ -20,16 +23,40 @@ FLOAT = "FLOAT"
 ATTENTION_TYPE = "quant_type"
 
 
-class GlobalKeys(BaseModel):
-    """The keys that describe the whole model. Unknown ones are tolerated, and so is null for any of them."""
+class _Keys(BaseModel):
+    """Known keys are checked; unknown ones are tolerated, and so is null for any of them."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+
+class RotatedLayers(_Keys):
+    """The modules whose input is rotated at run time."""
+
+    layers: tuple[str, ...] | None = Field(default=None, strict=False)
+
+
+class QuaRot(_Keys):
+    """What the rotation of a model left to be done at run time, and the files that belong to it."""
+
+    heads_rotation: RotatedLayers | None = None
+    kronecker_rotation: RotatedLayers | None = None
+    rotation_map: dict[str, str] | None = None
+
+
+class Extension(_Keys):
+    """The objects `metadata` and `optional`."""
+
+    quarot: QuaRot | None = None
+
+
+class GlobalKeys(_Keys):
+    """The keys that describe the whole model."""
 
     model_quant_type: str | None = None
     version: str | None = None
     group_size: int | None = Field(default=None, ge=0, le=2**20)
-    metadata: dict[str, Any] | None = None
-    optional: dict[str, Any] | None = None
+    metadata: Extension | None = None
+    optional: Extension | None = None
     kv_cache_type: str | None = None
     kv_quant_type: str | None = None
     fa_quant_type: str | None = None
@@ -69,9 +96,11 @@ class Description:
             method = folder.declared_method
             raise CheckpointError(
                 f"{folder.path} is no ModelSlim checkpoint: it has no {PATTERN}",
-                found=f"config.json declares the method {method!r}" if method else listing(folder.files("*.json")) or None,
-                todo=f"serve it with --quantization {method}" if method else "leave out --quantization, if it is a float "
-                "model; otherwise copy the description that msModelSlim wrote beside the weights",
+                found=f"config.json declares the method {method!r}" if method else listing(folder.files("*")) or None,
+                todo=(
+                    f"serve it with --quantization {method}" if method else "serve a float model without --quantization"
+                )
+                + "; if it is a ModelSlim model, copy the description that msModelSlim wrote beside the weights",
             )
         if len(files) > 1:
             raise CheckpointError(
@@ -95,11 +124,11 @@ class Description:
         attention: dict[str, str] = {}
         general: dict[str, Any] = {}
         wrong: list[str] = []
+        prefix = _common_prefix(content)
         for key, value in content.items():
             module, _, last = key.rpartition(".")
-            # One adapter prefixes every key, the global ones too.
-            if not module or last in GlobalKeys.model_fields:
-                general[last] = value
+            if "." not in key.removeprefix(prefix):
+                general[key.removeprefix(prefix)] = value
             elif value is None:
                 continue
             elif not isinstance(value, str) or not value:
@@ -121,6 +150,13 @@ class Description:
                 todo="the tool did not finish: quantise the model again",
             )
         return cls(file, types, attention, _global_keys(general, file))
+
+
+def _common_prefix(keys: Collection[str]) -> str:
+    """The component that precedes every key, the global ones too, as one adapter writes them; usually empty."""
+    firsts = {key.partition(".")[0] for key in keys}
+    prefix = f"{firsts.pop()}." if len(firsts) == 1 else ""
+    return prefix if any(f"{prefix}{name}" in keys for name in GlobalKeys.model_fields) else ""
 
 
 def _global_keys(values: dict[str, Any], file: str) -> GlobalKeys:

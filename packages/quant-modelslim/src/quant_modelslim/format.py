@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 from quant_core import (
     CheckpointFolder,
     Detection,
+    Evidence,
     LayerQuant,
     LayerQuery,
     QuantFormat,
@@ -13,8 +14,8 @@ from quant_core import (
     UnknownLayerError,
 )
 from quant_core.names import ModuleNames
-from quant_modelslim.description import FLOAT, PATTERN, Description
-from quant_modelslim.resolve import agreed_type, module_type
+from quant_modelslim.description import FLOAT, NAME, PATTERN, Description
+from quant_modelslim.resolve import agreed_type, module_type, unknown
 from quant_modelslim.validate import validate
 
 
@@ -26,7 +27,7 @@ class ModelSlimFormat(QuantFormat):
 
     """
 
-    name: ClassVar[str] = "modelslim"
+    name: ClassVar[str] = NAME
     vllm_name: ClassVar[str] = "ascend"
 
     def __init__(self, folder: CheckpointFolder, description: Description) -> None:
@@ -61,8 +62,15 @@ class ModelSlimFormat(QuantFormat):
             LayerResolutionError: if they disagree or are only partly there.
 
         """
-        modules = query.modules or self._names.find(query.name, query.packed_modules) or (query.name,)
-        found = {module: module_type(self.description, self.folder.modules, module) for module in modules}
+        modules = query.modules or self._names.find(query.name, query.packed_modules) or self._described(query)
+        found: dict[str, tuple[str, Evidence]] = {}
+        for module in modules:
+            known = module_type(self.description, self.folder, module)
+            if known is not None:
+                found[module] = known
+        if len(found) < len(modules):
+            absent = [module for module in modules if module not in found]
+            raise unknown(query.name, absent, self.description, self.folder)
         quant_type = agreed_type({module: quant_type for module, (quant_type, _) in found.items()}, query.name)
         evidence = tuple(evidence for _, evidence in found.values())
         if quant_type == FLOAT:
@@ -79,6 +87,12 @@ class ModelSlimFormat(QuantFormat):
         if module not in self.folder.modules:
             raise UnknownLayerError(f"{module}: no weight file knows this module", where=self.folder.path)
         return self.folder.modules[module]
+
+    def _described(self, query: LayerQuery) -> tuple[str, ...]:
+        """The modules of a layer that no file holds: those under which it would be described."""
+        parent, _, last = query.name.rpartition(".")
+        members = tuple(f"{parent}.{member}" if parent else member for member in query.packed_modules.get(last, ()))
+        return (query.name,) if not members or f"{query.name}.weight" in self.description.types else members
 
     @cached_property
     def _names(self) -> ModuleNames:

@@ -1,7 +1,7 @@
 """Comparing the description with the files, from metadata alone and before an engine exists."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -20,11 +20,11 @@ from quant_core.formats import LayerQuant, LayerQuery, layer_context
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.registry import LAYER_TYPES
 from quant_core.schemes.verify import verify_stored
-from quant_modelslim.description import FLOAT, Description
-from quant_modelslim.resolve import QUANTISED_DTYPES, TYPE_KEYS, module_type
+from quant_modelslim.description import ATTENTION_TYPE, FLOAT, Description
+from quant_modelslim.resolve import QUANTISED_DTYPES, dtype_name, is_float, smoothed, undescribed
 
 #: A module's form without its name: modules of equal signature need one check.
-Signature = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+Signature = frozenset[tuple[str, tuple[int, ...], torch.dtype]]
 
 
 def validate(folder: CheckpointFolder, description: Description) -> None:
@@ -32,38 +32,47 @@ def validate(folder: CheckpointFolder, description: Description) -> None:
 
     Raises:
         UnsupportedSchemeError: lists the layers of each type that nobody registered.
-        CheckpointError: lists described tensors that are absent, and int8 tensors that are described as FLOAT.
+        CheckpointError: lists the places in which description and files contradict each other or themselves.
+        LayerResolutionError: lists quantised weights that the description does not mention.
         LoadError: lists modules whose tensors are not those of their type.
 
     """
     _check_types(description)
-    problems = [*_absent(folder, description), *_integers_as_float(folder, description)]
+    problems = [
+        *_absent(folder, description),
+        *_absent_rotations(folder, description),
+        *_integers_as_float(folder, description),
+        *_several_types(description),
+    ]
     if problems:
         raise CheckpointError(
             f"{description.file} and the weight files contradict each other in {len(problems)} places",
             where=folder.path,
-            found="\n    ".join(problems[:20]),
+            found="\n    ".join([*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]),
             todo="take description and weights from one run of the tool; finish the download",
         )
-    for module in folder.modules:
-        if folder.modules[module].has("weight"):
-            module_type(description, folder.modules, module)
+    _check_modules(folder, description)
     _check_forms(folder.modules, description)
 
 
 def _check_types(description: Description) -> None:
-    layers: dict[str, list[str]] = defaultdict(list)
+    keys: dict[tuple[str, str], list[str]] = defaultdict(list)
     for key, quant_type in description.types.items():
-        if quant_type != FLOAT:
-            layers[quant_type].append(key)
+        if quant_type != FLOAT and not any(get_scheme_class(quant_type, layer_type) for layer_type in LAYER_TYPES):
+            keys[quant_type, "linear"].append(key)
     for module, quant_type in description.attention_types.items():
-        layers[quant_type].append(f"{module}.quant_type")
-    for quant_type, keys in layers.items():
-        if any(get_scheme_class(quant_type, layer_type) for layer_type in LAYER_TYPES):
-            continue
-        weights = [key for key in keys if key.endswith(".weight")]
-        layer_type = "linear" if weights else "attention"
-        require_scheme_class(quant_type, layer_type, where=f"{description.file}: {listing(weights or keys)}")
+        if get_scheme_class(quant_type, "attention") is None:
+            keys[quant_type, "attention"].append(f"{module}.{ATTENTION_TYPE}")
+    errors = []
+    for (quant_type, layer_type), described in keys.items():
+        weights = [key for key in described if key.endswith(".weight")]
+        # Tensors of a type that no weight has belong to attention.
+        kind = layer_type if weights else "attention"
+        try:
+            require_scheme_class(quant_type, kind, where=f"{description.file}: {listing(weights or described)}")
+        except UnsupportedSchemeError as error:
+            errors.append(error)
+    _raise_all(errors)
 
 
 def _absent(folder: CheckpointFolder, description: Description) -> Iterator[str]:
@@ -74,22 +83,72 @@ def _absent(folder: CheckpointFolder, description: Description) -> Iterator[str]
             yield f"{key} is described as {quant_type}, but no file holds it"
 
 
+def _absent_rotations(folder: CheckpointFolder, description: Description) -> Iterator[str]:
+    """Rotations at run time have no key of their own; only the global keys tell that a layer needs one."""
+    for extension in (description.keys.metadata, description.keys.optional):
+        if extension is None or extension.quarot is None:
+            continue
+        for file in (extension.quarot.rotation_map or {}).values():
+            folder.check_contained(file, description.file)
+        for rotated, suffixes in (
+            (extension.quarot.heads_rotation, ("heads_rotation",)),
+            (extension.quarot.kronecker_rotation, ("kronecker_rotation_m", "kronecker_rotation_n")),
+        ):
+            names = [f"{module}.{suffix}" for module in (rotated and rotated.layers) or () for suffix in suffixes]
+            yield from (
+                f"{name} is needed at run time, but no file holds it" for name in names if name not in folder.tensors
+            )
+
+
 def _integers_as_float(folder: CheckpointFolder, description: Description) -> Iterator[str]:
+    """Tensors that are FLOAT, by their key or for lack of one, and hold something else."""
+    for name, tensor in folder.tensors.items():
+        suffix = name.rpartition(".")[2]
+        described = name in description.types
+        if description.types.get(name, FLOAT) != FLOAT or (suffix == "weight" and not described):
+            continue  # quantised weights without a key are reported by themselves
+        # Other tensors of a float module may be integers, as tables of indices are.
+        multiplied = suffix in {"weight", "bias"}
+        if tensor.dtype in QUANTISED_DTYPES or (multiplied and not is_float(tensor.dtype)):
+            said = "is described as FLOAT" if described else f"has no key in {description.file}"
+            yield f"{name} {said}, but {tensor.file} holds {dtype_name(tensor.dtype)}"
+
+
+def _several_types(description: Description) -> Iterator[str]:
+    """Modules of whose tensors each is described as that of another linear type."""
+    linear: dict[str, dict[str, str]] = defaultdict(dict)
     for key, quant_type in description.types.items():
-        tensor = folder.tensors.get(key)
-        if quant_type == FLOAT and tensor is not None and key.endswith(".weight") and tensor.dtype in QUANTISED_DTYPES:
-            yield f"{key} is described as FLOAT, but {tensor.file} holds {str(tensor.dtype).removeprefix('torch.')}"
+        module, _, suffix = key.rpartition(".")
+        if suffix == "weight" or (quant_type != FLOAT and get_scheme_class(quant_type, "linear")):
+            linear[module][suffix] = quant_type
+    for module, types in linear.items():
+        if "weight" in types and len(set(types.values())) > 1:
+            yield ", ".join(f"{module}.{suffix} is described as {quant_type}" for suffix, quant_type in types.items())
+
+
+def _check_modules(folder: CheckpointFolder, description: Description) -> None:
+    factors = [module.removesuffix(".div") for module, form in folder.modules.items() if form.has("mul_scale")]
+    if wrapped := [module for module in factors if f"{module}.linear" in folder.modules]:
+        raise smoothed(wrapped)
+    unmentioned = [
+        module
+        for module, form in folder.modules.items()
+        if form.has("weight")
+        and f"{module}.weight" not in description.types
+        and not is_float(form.tensors["weight"].dtype)
+    ]
+    if unmentioned:
+        raise undescribed(unmentioned, description, folder)
 
 
 def _check_forms(modules: Mapping[str, StoredForm], description: Description) -> None:
     """Check one module of every (type, form) as a linear layer; report all that fail."""
     groups: dict[tuple[str, Signature], list[str]] = defaultdict(list)
     for key, quant_type in description.types.items():
-        module, _, last = key.rpartition(".")
-        if quant_type != FLOAT and last == TYPE_KEYS[0] and module in modules:
-            form = modules[module]
-            signature = tuple(sorted((s, t.shape, t.dtype) for s, t in form.tensors.items()))  # type: ignore[type-var]
-            groups[quant_type, signature].append(module)
+        module, _, suffix = key.rpartition(".")
+        if quant_type != FLOAT and suffix == "weight" and module in modules:
+            tensors = modules[module].tensors
+            groups[quant_type, frozenset((s, t.shape, t.dtype) for s, t in tensors.items())].append(module)
     errors: list[QuantError] = []
     for (quant_type, _), members in groups.items():
         try:
@@ -97,11 +156,7 @@ def _check_forms(modules: Mapping[str, StoredForm], description: Description) ->
         except QuantError as error:
             also = f"\n  also: {listing(members[1:])}" if len(members) > 1 else ""
             errors.append(type(error)(f"{error}{also}"))
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        kind = LoadError if any(isinstance(error, LoadError) for error in errors) else UnsupportedSchemeError
-        raise kind("\n".join(str(error) for error in errors[:10]))
+    _raise_all(errors)
 
 
 def _check_form(form: StoredForm, quant_type: str) -> None:
@@ -116,3 +171,12 @@ def _check_form(form: StoredForm, quant_type: str) -> None:
     scheme = scheme_class.create(context)
     if isinstance(scheme, AscendLinearScheme):
         verify_stored(scheme)
+
+
+def _raise_all(errors: Sequence[QuantError]) -> None:
+    """Raise what was collected as one error, the first ten in full."""
+    if not errors:
+        return
+    kind = LoadError if any(isinstance(error, LoadError) for error in errors) else type(errors[0])
+    more = f"\nand {len(errors) - 10} more of this kind" if len(errors) > 10 else ""
+    raise kind("\n".join(str(error) for error in errors[:10]) + more)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_core import AscendLinearScheme, LayerContext, Shard, require_scheme_class
-from quant_modelslim.description import FLOAT
+from quant_modelslim.description import FLOAT, PATTERN
 
 #: A module's name and weight to the type that it gets.
 Choice = Callable[[str, Tensor], str]
@@ -37,7 +37,7 @@ def quantize_tensors(tensors: Mapping[str, Tensor], choose: Choice) -> tuple[dic
     types: dict[str, str] = {}
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
-        matrix = suffix == "weight" and tensor.dim() == 2  # noqa: PLR2004 - a linear layer's weight
+        matrix = suffix == "weight" and tensor.dim() == 2
         quant_type = choose(module, tensor) if matrix else FLOAT
         parts = {suffix: tensor} if quant_type == FLOAT else quantize_weight(module, tensor, quant_type)
         for part, value in parts.items():
@@ -56,7 +56,9 @@ def quantize_weight(module: str, weight: Tensor, quant_type: str) -> dict[str, T
     return scheme_class.create(context).quantize(weight)
 
 
-def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], choose: Choice, files_from: Path | None = None) -> None:
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], choose: Choice, files_from: Path | None = None
+) -> None:
     """Write a folder as msModelSlim's newest saver does: one weights file and one description.
 
     Args:
@@ -69,8 +71,16 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], choose: Choice
     folder.mkdir(parents=True, exist_ok=True)
     stored, types = quantize_tensors(tensors, choose)
     save_file(stored, folder / "quant_model_weights.safetensors", metadata={"format": "pt"})
-    description = {**types, "version": "1.0.0", "model_quant_type": FLOAT, "group_size": 0, "metadata": {}, "optional": {}}
+    description = {
+        **types,
+        "version": "1.0.0",
+        "model_quant_type": FLOAT,
+        "group_size": 0,
+        "metadata": {},
+        "optional": {},
+    }
     (folder / "quant_model_description.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
     for file in files_from.iterdir() if files_from else ():
-        if file.suffix in {".json", ".txt", ".jinja", ".model"} and "safetensors" not in file.name:
-            shutil.copy(file, folder / file.name)
+        of_weights = file.match("*.safetensors.index.json") or file.match(PATTERN)
+        if file.suffix in {".json", ".txt", ".jinja", ".model"} and not of_weights:
+            shutil.copyfile(file, folder / file.name)  # not its mode: the source may be read-only

@@ -42,7 +42,7 @@ class AscendQuantizationConfig(QuantizationConfig):
     format_name: ClassVar[str]
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.format: QuantFormat | None = None
         self.layers: dict[str, LayerQuant] = {}
         self.dummy = False
@@ -114,7 +114,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         """The method for a layer under the name that vLLM gives it while the model is being built.
 
         The name is a hint: it may be empty or differ from the module's path. So what cannot be resolved is taken as
-        float here, and every layer is decided again by its path once the model is built (naming.py).
+        float here, and every layer is decided again by its path once the model is built (settling.py).
 
         Raises:
             QuantError: if the layer is resolved, but cannot be served.
@@ -176,7 +176,7 @@ class AscendQuantizationConfig(QuantizationConfig):
 @functools.cache
 def config_class(format_name: str) -> type[AscendQuantizationConfig]:
     """The config class of a format: a named one where we have it, else one made from the generic adapter."""
-    from vllm_ascend_quant.modelslim import AscendModelSlimConfig  # noqa: PLC0415 - derives from this module
+    from vllm_ascend_quant.modelslim import AscendModelSlimConfig  # derives from this module
 
     named = {AscendModelSlimConfig.format_name: AscendModelSlimConfig}
     if format_name in named:

@@ -18,8 +18,8 @@ from torch import nn
 
 from vllm_ascend_quant import compat, detection
 from vllm_ascend_quant.config import AscendQuantizationConfig
-from vllm_ascend_quant.loading import check_biases, check_loaded, check_reloaded, config_of, watch_loading
-from vllm_ascend_quant.naming import settle_layers
+from vllm_ascend_quant.loading import check_loaded, check_reloaded, config_of, watch_loading
+from vllm_ascend_quant.settling import settle_layers
 
 DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
 _MARK = "_vllm_ascend_quant_hook"
@@ -60,16 +60,14 @@ def _built(original: Callable[..., nn.Module], vllm_config: Any, *args: Any, **k
         settlement = settle_layers(model, config)
         if settlement.remade:
             compat.record_for_reload(model)
-        if not config.dummy:
-            check_biases(model, config, settlement.paths)
-        watch_loading(model, config)
+        watch_loading(model, config, settlement.paths)
     return model
 
 
 def _loaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
     config = config_of(model)
     if config is not None:
-        check_loaded(model, config)
+        check_loaded(model)
     original(model, *args, **kwargs)
     if config is not None:
         config.log_report()

@@ -5,7 +5,7 @@ vLLM checks this for unquantised models only: a quantised one starts and answers
 
 import functools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -26,15 +26,19 @@ class Loading:
 
     Attributes:
         config: the model's quantisation config.
+        called: whether the model's `load_weights` was called; it is not for made-up weights.
         names: the parameters that the last call of the model's `load_weights` reported; None before the first call or
             where a model does not report.
-        expected: the parameters that the first load filled.
+        expected: the parameters that the first load filled, each by all its names.
+        biases: `.bias` tensors without a place in the model when it was built, and the modules where they belong.
 
     """
 
     config: AscendQuantizationConfig
+    called: bool = False
     names: set[str] | None = None
-    expected: frozenset[str] = frozenset()
+    expected: frozenset[frozenset[str]] = frozenset()
+    biases: dict[str, list[str]] = field(default_factory=dict)
 
 
 _loadings: "weakref.WeakKeyDictionary[nn.Module, Loading]" = weakref.WeakKeyDictionary()
@@ -46,71 +50,56 @@ def config_of(model: nn.Module) -> AscendQuantizationConfig | None:
     return None if loading is None else loading.config
 
 
-def watch_loading(model: nn.Module, config: AscendQuantizationConfig) -> None:
+def watch_loading(model: nn.Module, config: AscendQuantizationConfig, model_paths: ModelPaths) -> None:
     """Take note of what the model's `load_weights` reports from now on."""
-    loading = Loading(config)
+    loading = Loading(config, biases=_bias_places(config, model_paths))
     _loadings[model] = loading
     original: Any = model.load_weights
 
     @functools.wraps(original)
     def load_weights(*args: Any, **kwargs: Any) -> Any:
         loaded = original(*args, **kwargs)
+        loading.called = True
         loading.names = None if loaded is None else set(loaded)
         return loaded
 
     model.load_weights = load_weights  # type: ignore[assignment]
 
 
-def check_biases(model: nn.Module, config: AscendQuantizationConfig, model_paths: ModelPaths) -> None:
-    """Refuse `.bias` tensors for which the model has no parameter: vLLM's loaders drop them without a word.
-
-    Raises:
-        LoadError: names tensors and modules.
-
-    """
+def _bias_places(config: AscendQuantizationConfig, model_paths: ModelPaths) -> dict[str, list[str]]:
     assert config.format is not None
     owner = {module: path for path, quant in config.layers.items() for module in quant.modules}
-    lost = []
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for module, form in config.format.folder.modules.items():
-        if not form.has("bias"):
-            continue
-        paths = [owner[module]] if module in owner else model_paths.paths_of(module)
-        there = [modules[path] for path in paths if path in modules]
-        if there and all(getattr(layer, "bias", None) is None for layer in there):
-            lost.append(f"{module}.bias")
-    if lost:
-        raise LoadError(
-            f"the model has no place for {len(lost)} bias tensors of the checkpoint: {listing(lost)}",
-            where=config.format.folder.path,
-            expected="modules with a bias; leaving these tensors out would change every result",
-            todo="biases of norms and of layers that the architecture has without come from msModelSlim's anti-outlier "
-            "methods m1, m2 and m4, which are not served yet: quantise with another method",
-        )
+    return {
+        module: [owner[module]] if module in owner else model_paths.paths_of(module)
+        for module, form in config.format.folder.modules.items()
+        if form.has("bias")
+    }
 
 
-def check_loaded(model: nn.Module, config: AscendQuantizationConfig) -> None:
+def check_loaded(model: nn.Module) -> None:
     """After the first load, before processing.
 
     Raises:
-        LoadError: lists the parameters that nothing was loaded into.
+        LoadError: lists the parameters that nothing was loaded into, or tensors that the model has no place for.
 
     """
     loading = _loadings[model]
+    config = loading.config
+    if loading.called:
+        _check_biases(model, loading)
     if loading.names is None:
         return
     absent = []
     expected = []
-    for name, param in model.named_parameters():
-        path, _, last = name.rpartition(".")
-        module = model.get_submodule(path)
-        if _exempt(module, param):
+    for names, param in _parameters_with_names(model):
+        path, _, last = names[0].rpartition(".")
+        if _exempt(model.get_submodule(path), param):
             continue
         # Quantised parameters keep their own record; a float layer that was found in the files is loaded from there.
-        if isinstance(param, AscendParameter) or name in loading.names:
-            expected.append(name)
-        elif not (path in config.layers and last == "weight"):
-            absent.append(name)
+        if isinstance(param, AscendParameter) or not loading.names.isdisjoint(names):
+            expected.append(frozenset(names))
+        elif last != "weight" or not any(name.rpartition(".")[0] in config.layers for name in names):
+            absent.append(names[0])
     if absent:
         raise LoadError(
             f"{len(absent)} parameters of the model were not loaded: {listing(absent)}",
@@ -120,6 +109,36 @@ def check_loaded(model: nn.Module, config: AscendQuantizationConfig) -> None:
         )
     loading.expected = frozenset(expected)
     loading.names = None
+
+
+def _check_biases(model: nn.Module, loading: Loading) -> None:
+    """Refuse `.bias` tensors for which the model has no parameter: vLLM's loaders drop them without a word.
+
+    Asked after loading, because a loader may make the parameter when it meets the tensor.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    lost = []
+    for module, places in loading.biases.items():
+        there = [modules[path] for path in places if path in modules]
+        if there and all(getattr(layer, "bias", None) is None for layer in there):
+            lost.append(f"{module}.bias")
+    if lost:
+        folder = loading.config.format.folder if loading.config.format else None
+        raise LoadError(
+            f"the model has no place for {len(lost)} bias tensors of the checkpoint: {listing(lost)}",
+            where=folder.path if folder else None,
+            expected="modules with a bias; leaving these tensors out would change every result",
+            todo="biases of norms and of layers that the architecture has without come from msModelSlim's anti-outlier "
+            "methods m1, m2 and m4, which are not served yet: quantise with another method",
+        )
+
+
+def _parameters_with_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Each parameter once, with all its names: a loader reports it under any of them."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(param), ([], param))[0].append(name)
+    return list(found.values())
 
 
 def check_reloaded(model: nn.Module) -> None:
@@ -132,7 +151,7 @@ def check_reloaded(model: nn.Module) -> None:
     loading = _loadings[model]
     if loading.names is None:
         return
-    absent = sorted(loading.expected - loading.names)
+    absent = sorted(min(names) for names in loading.expected if loading.names.isdisjoint(names))
     for path, module in model.named_modules():
         if isinstance(module, LinearBase) and compat.incomplete_at_reload(module):
             absent += [path] if not any(name.startswith(f"{path}.") for name in absent) else []

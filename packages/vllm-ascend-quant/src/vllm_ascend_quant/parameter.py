@@ -9,7 +9,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, PerTensorScaleParam
 from quant_core import LoadError
 from quant_core.schemes.params import ParamLayout
 
-_QKV = {"q": 0, "k": 1, "v": 2}
+_QKV = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
 
 
 class AscendParameter(BasevLLMParameter):

@@ -40,14 +40,14 @@ def _import_torch_npu() -> str:
         return "torch_npu is not installed"
     try:
         module = importlib.import_module("torch_npu")
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # beside another torch or without CANN it fails in many ways
         warnings.warn(
             f"torch_npu is installed but cannot be imported ({error}); its operators run on CPU. On a machine without "
             "CANN uninstall torch_npu; on an NPU machine source CANN's set_env.sh first.",
             stacklevel=2,
         )
         return f"torch_npu is installed but cannot be imported: {error}"
-    return f"torch_npu {module.__version__}"
+    return f"torch_npu {getattr(module, '__version__', 'of unknown version')}"
 
 
 def _has_kernel(name: str, key: str) -> bool:

@@ -6,8 +6,6 @@ A dtype argument reaches a kernel as an int: torch's ScalarType below 256, or 25
 
 import torch
 
-QUINT4X2 = 16
-
 _BY_NUMBER: dict[int, torch.dtype] = {
     0: torch.uint8,
     1: torch.int8,
@@ -19,6 +17,7 @@ _BY_NUMBER: dict[int, torch.dtype] = {
     13: torch.quint8,
     14: torch.qint32,
     15: torch.bfloat16,
+    16: torch.quint4x2,
     23: torch.float8_e5m2,
     24: torch.float8_e4m3fn,
     291: torch.float8_e5m2,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quant_core.ops.dtypes import QUINT4X2, dtype_of
+from quant_core.ops.dtypes import dtype_of
 
 _CARRIERS = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
 
@@ -84,7 +84,7 @@ def npu_format_cast(
 
 
 def _quantised(input: Tensor, dtype: int) -> Tensor:
-    if dtype == QUINT4X2:
-        return input.new_empty((*input.shape[:-1], input.shape[-1] // 8), dtype=torch.int32)
     torch_dtype = dtype_of(dtype)
+    if torch_dtype == torch.quint4x2:
+        return input.new_empty((*input.shape[:-1], input.shape[-1] // 8), dtype=torch.int32)
     return input.new_empty(input.shape, dtype=_CARRIERS.get(torch_dtype, torch_dtype))

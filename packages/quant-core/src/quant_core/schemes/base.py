@@ -119,7 +119,7 @@ class AscendLinearScheme(Scheme):
     def stored_sizes(cls, form: StoredForm) -> tuple[int, int] | None:
         """(input, output) features of a stored module, None if the shapes do not tell. Packed types override this."""
         shape = form.shape("weight", ())
-        return (shape[1], shape[0]) if len(shape) == 2 else None  # noqa: PLR2004 - a matrix
+        return (shape[1], shape[0]) if len(shape) == 2 else None
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:

@@ -3,14 +3,16 @@
 Everything here is a pure function of sizes, so that the layouts of tensor parallelism are tested without an engine.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
 
 from quant_core.errors import LimitError
-from quant_core.schemes.context import LayerContext, Shard
+from quant_core.schemes.context import LayerContext
 
 #: A check of loaded values: takes the loaded tensor, returns what is wrong with it or None.
 ValueCheck = Callable[[torch.Tensor], str | None]
@@ -76,61 +78,84 @@ class ParamLayout:
         return slice(self.offsets[index], self.offsets[index + 1])
 
 
+def layouts_of(declared: Mapping[str, Sequence[Param]], context: LayerContext) -> dict[str, ParamLayout]:
+    """How each parameter of a layer, given the declarations of all members, becomes one local tensor.
+
+    Raises:
+        LimitError: if a cut would go through a packed value or a group; names a tensor_parallel_size that works.
+
+    """
+    every = list(declared.values())
+    return {name: _layout(name, members, context, every) for name, members in declared.items()}
+
+
 def layout_of(name: str, members: Sequence[Param], context: LayerContext) -> ParamLayout:
-    """How the declarations of all members become one local tensor.
+    """The same for one parameter, whose error then considers no other.
 
     Raises:
         LimitError: if a cut would go through a packed value or a group.
 
     """
-    first = members[0]
-    parts = context.partition.input_parts
+    return _layout(name, members, context, [members])
+
+
+def _layout(
+    name: str, members: Sequence[Param], context: LayerContext, every: Sequence[Sequence[Param]]
+) -> ParamLayout:
+    first, partition = members[0], context.partition
+    parts = partition.input_parts
+    uncut = [s for m, s in zip(members, context.shards, strict=True) if s.local_output_size % m.output_step]
+    if not _divides(first, parts, context.input_size):
+        raise _indivisible(name, f"{context.input_size} input features", first.input_step, context, every)
+    if first.output_dim is not None and uncut:
+        size = f"{uncut[0].local_output_size} of {uncut[0].output_size} output features of {uncut[0].name} on this rank"
+        raise _indivisible(name, size, first.output_step, context, every)
     shape = list(first.shape)
-    if first.input_dim is not None and parts > 1:
-        shape[first.input_dim] = _cut_input(name, first, parts, context)
+    if first.input_dim is not None:
+        shape[first.input_dim] //= parts
     if first.shared:
         return ParamLayout(name, tuple(members), tuple(shape), None, (0,), parts)
     if first.output_dim is None:
-        sizes = [member.shape[0] if member.shape else 1 for member in members]
-        shape = [0, *shape[1:]]
         axis = 0
+        shape = shape or [1]  # a scalar becomes an entry
+        sizes = [shape[0]] * len(members)
     else:
         axis = first.output_dim
-        sizes = [_cut_output(name, m, s, context) for m, s in zip(members, context.shards, strict=True)]
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + size)
+        sizes = [s.local_output_size // m.output_step for m, s in zip(members, context.shards, strict=True)]
+    offsets = [0, *itertools.accumulate(sizes)]
     shape[axis] = offsets[-1]
     return ParamLayout(name, tuple(members), tuple(shape), axis, tuple(offsets), parts)
 
 
-def _cut_output(name: str, param: Param, shard: Shard, context: LayerContext) -> int:
-    """Local entries of one member along its output axis."""
-    if shard.local_output_size % param.output_step:
-        raise LimitError(
-            f"{context.name}: {name} cannot be cut over {context.partition.size} tensor-parallel ranks",
-            where=shard.name,
-            found=f"{shard.local_output_size} output features on each rank",
-            expected=f"a multiple of {param.output_step}, since one index stands for so many features",
-            todo="use a smaller tensor_parallel_size",
-        )
-    return shard.local_output_size // param.output_step
-
-
-def _cut_input(name: str, param: Param, parts: int, context: LayerContext) -> int:
-    """Local entries along the input axis of a row-parallel layer."""
-    assert param.input_dim is not None
+def _divides(param: Param, parts: int, input_size: int) -> bool:
+    """Whether the input features can be cut into so many parts between two groups."""
+    if param.input_dim is None or parts == 1:
+        return True
     entries = param.shape[param.input_dim]
-    if entries % parts or (context.input_size // parts) % param.input_step:
-        works = [n for n in range(1, parts) if entries % n == 0]
-        raise LimitError(
-            f"{context.name}: {name} cannot be cut over {parts} tensor-parallel ranks",
-            where=context.shards[0].name,
-            found=f"{context.input_size} input features, {param.input_step} per index of {name}",
-            expected="a cut between two groups",
-            todo=f"use tensor_parallel_size {works[-1] if works else 1}",
-        )
-    return entries // parts
+    return entries % parts == 0 and input_size % parts == 0 and (input_size // parts) % param.input_step == 0
+
+
+def _indivisible(
+    name: str, size: str, step: int, context: LayerContext, every: Sequence[Sequence[Param]]
+) -> LimitError:
+    works = [n for n in range(1, context.partition.size) if _works(n, context, every)]
+    return LimitError(
+        f"{context.name}: {name} cannot be cut over {context.partition.size} tensor-parallel ranks",
+        where=", ".join(shard.name for shard in context.shards),
+        found=size,
+        expected=f"equal parts that are multiples of {step}: one index of {name} stands for so many features",
+        todo=f"use tensor_parallel_size {works[-1]}" if works else "no tensor_parallel_size cuts this layer",
+    )
+
+
+def _works(size: int, context: LayerContext, every: Sequence[Sequence[Param]]) -> bool:
+    """Whether the layer's parameters can be cut over `size` ranks."""
+    partition = replace(context.partition, size=size)
+    output_parts = size if partition.kind == "column" else 1
+    pairs = [pair for members in every for pair in zip(members, context.shards, strict=True)]
+    return all(_divides(m, partition.input_parts, context.input_size) for m, _ in pairs) and all(
+        s.output_size % (output_parts * m.output_step) == 0 for m, s in pairs if m.output_dim is not None
+    )
 
 
 def same_kind(params: Sequence[Param]) -> bool:
@@ -186,3 +211,8 @@ def _described(values: torch.Tensor, bad: torch.Tensor, expected: str) -> str | 
 def replace_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
     """Put `value` in the place of a stored parameter, without gradient."""
     layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def tensor_of(layer: nn.Module, name: str) -> torch.Tensor:
+    """A processed tensor of a layer, parameter or not; torch types it as `Tensor | Module`."""
+    return cast(torch.Tensor, getattr(layer, name))

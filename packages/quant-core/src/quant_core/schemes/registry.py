@@ -4,9 +4,10 @@ import difflib
 import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
-from typing import TypeVar
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
 
 from quant_core.errors import RegistrationError, UnsupportedSchemeError, listing
 from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, AscendMoEScheme, Scheme
@@ -42,7 +43,7 @@ def register_scheme(quant_type: str, layer_type: str) -> Callable[[type[S]], typ
 
     def register(cls: type[S]) -> type[S]:
         base = LAYER_TYPES[layer_type]
-        if not (isinstance(cls, type) and issubclass(cls, base)):
+        if not _is_subclass(cls, base):
             raise RegistrationError(
                 f"{origin(cls)} cannot serve {quant_type!r} on {layer_type} layers",
                 found=f"bases {listing(b.__name__ for b in getattr(cls, '__mro__', ())[1:])}",
@@ -101,6 +102,26 @@ def origin(cls: object) -> str:
     return f"{getattr(cls, '__module__', '?')}.{getattr(cls, '__qualname__', cls)}"
 
 
+def load_announced(entry: EntryPoint) -> Any:
+    """What an entry point of another package stands for.
+
+    Raises:
+        RegistrationError: if it cannot be imported, whatever the reason, naming the package.
+
+    """
+    try:
+        return entry.load()
+    except RegistrationError:
+        raise
+    except Exception as error:
+        owner = entry.dist.name if entry.dist else "an unknown distribution"
+        raise RegistrationError(
+            f"what {owner} announces cannot be imported: {error}",
+            where=f"entry point {entry.name!r} = {entry.value!r} in group {entry.group!r}",
+            todo=f"repair or uninstall {owner}",
+        ) from error
+
+
 @functools.cache
 def _load_all() -> None:
     """Import the built-in schemes, then what other packages announce."""
@@ -108,15 +129,16 @@ def _load_all() -> None:
         package = importlib.import_module(f"quant_core.schemes.{layer_type}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        try:
-            entry.load()
-        except RegistrationError:
-            raise
-        except Exception as error:
-            owner = entry.dist.name if entry.dist else "an unknown distribution"
-            raise RegistrationError(
-                f"the schemes of {owner} cannot be imported: {error}",
-                where=f"entry point {entry.name!r} = {entry.value!r} in group {ENTRY_POINT_GROUP!r}",
-                todo=f"repair or uninstall {owner}",
-            ) from error
+    try:
+        for entry in entry_points(group=ENTRY_POINT_GROUP):
+            load_announced(entry)
+    except RegistrationError:
+        # Python forgets a module whose import failed and runs it again at the next look-up, where it would clash with
+        # what it registered before.
+        for key in [key for key, cls in _registry.items() if cls.__module__ not in sys.modules]:
+            del _registry[key]
+        raise
+
+
+def _is_subclass(cls: object, base: type) -> bool:
+    return isinstance(cls, type) and issubclass(cls, base)

@@ -25,20 +25,25 @@ def linear_params(scheme: AscendLinearScheme) -> dict[str, tuple[Param, ...]]:
     """
     context = scheme.context
     members = [scheme.params(context.input_size, shard.output_size) for shard in context.shards]
-    for name in members[0]:
-        declared = tuple(member[name] for member in members)
-        if not same_kind(declared):
+    names = dict.fromkeys(name for member in members for name in member)
+    declared = {name: [member.get(name) for member in members] for name in names}
+    same: dict[str, tuple[Param, ...]] = {}
+    for name, params in declared.items():
+        stored = tuple(param for param in params if param is not None)
+        if len(stored) < len(params) or not same_kind(stored):
+            forms = [_form(p.shape, p.dtype) if p is not None else "nothing" for p in params]
             raise LoadError(
                 f"{context.name}: the members of this fused layer store {name} in different forms",
-                found="; ".join(f"{s.name}: {p.dtype} {p.shape}" for s, p in zip(context.shards, declared, strict=True)),
+                found="; ".join(f"{s.name}: {form}" for s, form in zip(context.shards, forms, strict=True)),
                 expected="one dtype and granularity",
                 todo="quantise the members alike",
             )
-    return {name: tuple(member[name] for member in members) for name in members[0]}
+        same[name] = stored
+    return same
 
 
 def verify_stored(scheme: AscendLinearScheme) -> None:
-    """Compare each member's files with the declarations.
+    """Compare each member's files with the declarations; nothing to do while there are no files.
 
     Raises:
         LoadError: lists every tensor that is absent, unexpected, or of another shape or dtype.
@@ -46,12 +51,12 @@ def verify_stored(scheme: AscendLinearScheme) -> None:
     """
     context = scheme.context
     linear_params(scheme)
-    forms = {form.module: form for form in context.stored if form}
+    forms = {form.module: form for form in context.stored} if any(context.stored) else {}
     problems: list[str] = []
     for module, form in forms.items():
         # A module that is fused on disk already is the source of several members.
         rows = sum(shard.output_size for shard in context.shards if shard.name == module)
-        problems += stored_problems(form, scheme.params(context.input_size, rows))
+        problems += [*stored_problems(form, scheme.params(context.input_size, rows)), *_bias_problems(form, rows)]
     if problems:
         raise LoadError(
             f"{context.name}: the files do not hold what the scheme {type(scheme).__name__} loads",
@@ -75,6 +80,13 @@ def stored_problems(form: StoredForm, declared: dict[str, Param]) -> Iterable[st
     for suffix in sorted(form.tensors.keys() - declared.keys() - LAYER_OWNED):
         tensor = form.tensors[suffix]
         yield f"{tensor.name} in {tensor.file} is not used by this type, and dropping it would change the results"
+
+
+def _bias_problems(form: StoredForm, rows: int) -> Iterable[str]:
+    tensor = form.tensors.get("bias")
+    if tensor is None or (tensor.shape == (rows,) and form.float_dtype("bias") == tensor.dtype):
+        return
+    yield f"{tensor.name} in {tensor.file} is {_form(tensor.shape, tensor.dtype)}, expected {[rows]} of a float dtype"
 
 
 def check_values(context: LayerContext, name: str, param: Param, loaded: torch.Tensor) -> None:

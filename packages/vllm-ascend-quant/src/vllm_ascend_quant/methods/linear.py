@@ -1,5 +1,6 @@
 """Linear layers."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,15 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from quant_core import AscendLinearScheme, LayerQuant, LayerQuery, LimitError, LoadError, Partition
+from quant_core import (
+    AscendLinearScheme,
+    LayerQuant,
+    LayerQuery,
+    LimitError,
+    LoadError,
+    Partition,
+    require_scheme_class,
+)
 from quant_core.errors import listing
 from quant_core.schemes.params import layout_of
 from quant_core.schemes.verify import check_values, linear_params
@@ -66,12 +75,12 @@ class AscendLinearMethod(LinearMethodBase):
             partition=_partition(layer),
             has_bias=layer.has_bias,
         )
-        scheme = self.config.format.create_scheme(query, self.quant)
+        scheme = self.config.format.create_scheme(query, _one_module_per_member(self.quant, query))
         assert isinstance(scheme, AscendLinearScheme)
         if scheme.folds_bias and layer.has_bias and layer.skip_bias_add:
             raise LimitError(
-                f"{self.name}: this layer hands its bias to the model, but {self.quant.quant_type} stores it inside the "
-                "weights, so it would be added twice",
+                f"{self.name}: this layer hands its bias to the model, but {self.quant.quant_type} stores it inside "
+                "the weights, so it would be added twice",
                 todo="quantise this layer with a type that keeps the bias apart",
             )
         self.quant_method = scheme
@@ -113,6 +122,28 @@ class AscendLinearMethod(LinearMethodBase):
             check_values(self.quant_method.context, name, param.plan.param, param.data)
 
 
+def _one_module_per_member(quant: LayerQuant, query: LayerQuery) -> LayerQuant:
+    """The answer with a module repeated for each member that is cut from it, where a part of a layer is fused on disk.
+
+    Left as it is where sizes do not fit: whoever makes the scheme says what is wrong.
+    """
+    if not 1 < len(quant.modules) < len(query.output_sizes):
+        return quant
+    assert quant.quant_type is not None
+    scheme_class = require_scheme_class(quant.quant_type, query.layer_type, where=query.name)
+    assert issubclass(scheme_class, AscendLinearScheme)
+    members: list[int] = []
+    for index, form in enumerate(quant.stored):
+        _, rows = scheme_class.stored_sizes(form) or (0, 0)
+        while rows > 0 and len(members) < len(query.output_sizes):
+            rows -= query.output_sizes[len(members)]
+            members.append(index)
+        if rows != 0:
+            return quant
+    modules = tuple(quant.modules[index] for index in members)
+    return replace(quant, modules=modules, stored=tuple(quant.stored[index] for index in members))
+
+
 def _partition(layer: LinearBase) -> Partition:
     if isinstance(layer, RowParallelLinear):
         return Partition("row", layer.tp_rank, layer.tp_size)
@@ -123,7 +154,7 @@ def _partition(layer: LinearBase) -> Partition:
 
 def _full_sizes(layer: LinearBase, local: list[int]) -> tuple[int, ...]:
     """Each member's output features over all ranks; key/value heads may be held by several of them."""
-    if isinstance(layer, QKVParallelLinear) and len(local) == 3:  # noqa: PLR2004 - q, k, v
+    if isinstance(layer, QKVParallelLinear) and len(local) == 3:  # q, k, v
         return (
             layer.total_num_heads * layer.head_size,
             layer.total_num_kv_heads * layer.head_size,

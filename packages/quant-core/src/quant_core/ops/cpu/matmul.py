@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from quant_core.ops.cpu.int8_gemm import int8_gemm
-from quant_core.ops.cpu.quantize import fp19
+from quant_core.ops.cpu.quantize import fp19, saturated
 from quant_core.ops.dtypes import dtype_of
+
+_TARGETS = (torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)
 
 
 def npu_quant_matmul(
@@ -45,12 +47,20 @@ def npu_quant_matmul(
         [..., m, n].
 
     Raises:
-        NotImplementedError: for operands other than int8.
+        NotImplementedError: for operands other than int8, or another output dtype.
+        ValueError: for arguments that have no place in the result.
 
     """
     if x1.dtype != torch.int8 or x2.dtype != torch.int8 or group_sizes or y_scale is not None:
         raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has int8 x int8, not {x1.dtype} x {x2.dtype}")
     target = torch.int8 if output_dtype is None else dtype_of(output_dtype)
+    if target not in _TARGETS:
+        raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has no output {target}; it has {list(_TARGETS)}")
+    if scale.numel() not in (1, x2.shape[-1]) or scale.shape[-1:] != (scale.numel(),):
+        raise ValueError(f"npu_quant_matmul: scale is {list(scale.shape)}, expected [1] or [{x2.shape[-1]}]")
+    unused = [name for name, given in _unused(target, offset, pertoken_scale, bias).items() if given]
+    if unused:
+        raise ValueError(f"npu_quant_matmul: an output in {target} does not use {', '.join(unused)}")
     sums = _batched_gemm(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         sums = sums + bias
@@ -68,6 +78,18 @@ def npu_quant_matmul(
     if bias is not None:
         values = values + bias.to(torch.float32)
     return values.to(target)
+
+
+def _unused(
+    target: torch.dtype, offset: Tensor | None, pertoken_scale: Tensor | None, bias: Tensor | None
+) -> dict[str, bool]:
+    """Arguments that are given and would have no effect on an output of this dtype."""
+    integral = target in (torch.int8, torch.int32)
+    return {
+        "offset": offset is not None and target != torch.int8,
+        "pertoken_scale": pertoken_scale is not None and integral,
+        "a floating bias": bias is not None and bias.dtype != torch.int32 and integral,
+    }
 
 
 def npu_weight_quant_batchmatmul(
@@ -101,10 +123,15 @@ def npu_weight_quant_batchmatmul(
 
     Raises:
         NotImplementedError: for packed weights.
+        ValueError: for a scale or offset in another dtype than x, which the device refuses.
 
     """
     if weight.dtype != torch.int8 or weight_dtype is not None:
         raise NotImplementedError(f"npu_weight_quant_batchmatmul: the CPU kernel has int8 weights, not {weight.dtype}")
+    if any(t is not None and t.dtype != x.dtype for t in (antiquant_scale, antiquant_offset)):
+        raise ValueError(
+            f"npu_weight_quant_batchmatmul: antiquant_scale and antiquant_offset must be {x.dtype}, as x is"
+        )
     # Rounded to x's dtype after the addition and again after the product, as the device does.
     floats = weight.to(x.dtype)
     if antiquant_offset is not None:
@@ -118,28 +145,30 @@ def npu_weight_quant_batchmatmul(
     values = values * quant_scale.to(torch.float32)
     if quant_offset is not None:
         values = values + quant_offset.to(torch.float32)
-    return values.round().clamp(-128, 127).to(torch.int8)
+    return saturated(values).to(torch.int8)
 
 
 def _batched_gemm(x1: Tensor, x2: Tensor) -> Tensor:
     """int32 sums; batch axes broadcast."""
-    if x2.dim() == 2:  # noqa: PLR2004 - one weight for all rows
-        return int8_gemm(x1.reshape(-1, x1.shape[-1]), x2).view(*x1.shape[:-1], x2.shape[-1])
+    if x2.dim() == 2:  # one weight for all rows
+        return int8_gemm(x1.flatten(0, -2), x2).view(*x1.shape[:-1], x2.shape[-1])
     batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
-    left = x1.expand(*batch, *x1.shape[-2:]).reshape(-1, *x1.shape[-2:])
-    right = x2.expand(*batch, *x2.shape[-2:]).reshape(-1, *x2.shape[-2:])
-    products = [int8_gemm(a, b) for a, b in zip(left, right, strict=True)]
-    return torch.stack(products).view(*batch, x1.shape[-2], x2.shape[-1])
+    left = x1.expand(*batch, *x1.shape[-2:]).flatten(0, -3)
+    right = x2.expand(*batch, *x2.shape[-2:]).flatten(0, -3)
+    result = torch.empty(*left.shape[:2], right.shape[2], dtype=torch.int32)
+    for index in range(len(left)):
+        result[index] = int8_gemm(left[index], right[index])
+    return result.view(*batch, *result.shape[1:])
 
 
 def _to_int8(sums: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Requantised result: both terms go through signed 9 bits first."""
-    values = (sums.to(torch.float32) * fp19(scale)).round().clamp(-256, 255)
+    values = saturated(sums.to(torch.float32) * fp19(scale), -256, 255)
     if offset is not None:
-        values = values + offset.to(torch.float32).round().clamp(-256, 255)
+        values = values + saturated(offset.to(torch.float32, copy=True), -256, 255)
     elif scale.dtype == torch.int64:
         nine_bits = (scale >> 37) & 0x1FF
-        values = values + torch.where(nine_bits > 255, nine_bits - 512, nine_bits)  # noqa: PLR2004 - 9-bit sign
+        values = values + torch.where(nine_bits > 255, nine_bits - 512, nine_bits)
     return values.clamp(-128, 127).to(torch.int8)
 
 

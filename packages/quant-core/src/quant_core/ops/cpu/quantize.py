@@ -35,16 +35,16 @@ def npu_quantize(
     target = dtype_of(dtype)
     if target not in _RANGES:
         raise NotImplementedError(f"npu_quantize: the CPU kernel has no {target}; it has {list(_RANGES)}")
-    if not div_mode and axis != -2:  # noqa: PLR2004 - the axis
+    if not div_mode and axis != -2:
         axis = -1
     low, high, carrier = _RANGES[target]
     scale = _along(scales, input, axis)
     zero_point = None if zero_points is None else _along(zero_points, input, axis)
-    values = input.to(torch.float32)
+    values = input.to(torch.float32).contiguous()
     values = values / scale if div_mode else values * scale
     if zero_point is not None:
         values = values + zero_point
-    return values.round_().nan_to_num_(0.0).clamp_(low, high).to(carrier)
+    return saturated(values, low, high).to(carrier)
 
 
 def npu_dynamic_quant(
@@ -59,7 +59,7 @@ def npu_dynamic_quant(
     """Per-token symmetric int8: scale = max|x| / 127, codes = rint(x / scale); a zero row has scale 0.
 
     Args:
-        input: [..., k], floating.
+        input: [..., k], floating, at least two axes, as on the device.
         smooth_scales: [k], multiplied first.
         group_index: not supported on CPU.
         dst_type: None or int8.
@@ -71,8 +71,11 @@ def npu_dynamic_quant(
 
     Raises:
         NotImplementedError: for a mode that the CPU kernel does not have.
+        ValueError: for one axis.
 
     """
+    if input.dim() < 2:
+        raise ValueError(f"npu_dynamic_quant: the input has the shape {list(input.shape)}, the device wants two axes")
     if group_index is not None or quant_mode != "pertoken" or dst_type_max:
         raise NotImplementedError(
             f"npu_dynamic_quant: the CPU kernel has per-token quantisation only (quant_mode={quant_mode!r}, "
@@ -80,7 +83,7 @@ def npu_dynamic_quant(
         )
     if dst_type is not None and dtype_of(dst_type) not in (torch.int8, torch.qint8):
         raise NotImplementedError(f"npu_dynamic_quant: the CPU kernel has no dst_type {dst_type}")
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.flatten(0, -2)
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scales = torch.empty(rows.shape[0], dtype=torch.float32)
     for start in range(0, rows.shape[0], _ROWS):
@@ -89,10 +92,14 @@ def npu_dynamic_quant(
             block = block * smooth_scales.to(torch.float32)
         scale = block.abs().amax(dim=-1) / 127
         # A zero row divides by 0: its NaN become the code 0.
-        quantised = (block / scale[:, None]).round_().nan_to_num_(0.0).clamp_(-128, 127)
-        codes[start : start + _ROWS] = quantised.to(torch.int8)
+        codes[start : start + _ROWS] = saturated(block / scale[:, None]).to(torch.int8)
         scales[start : start + _ROWS] = scale
     return codes.view(input.shape), scales.view(input.shape[:-1])
+
+
+def saturated(values: Tensor, low: int = -128, high: int = 127) -> Tensor:
+    """float32 values rounded to the codes low..high, NaN to 0. Overwrites its argument."""
+    return values.round_().nan_to_num_(0.0).clamp_(low, high)
 
 
 def npu_trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> Tensor:
@@ -111,7 +118,8 @@ def npu_trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mod
 
 def fp19(scale: Tensor) -> Tensor:
     """A scale as the matmul unit sees it: float32 or encoded int64, truncated to 10 mantissa bits, as float32."""
-    bits = scale.to(torch.int32) if scale.dtype == torch.int64 else scale.to(torch.float32).contiguous().view(torch.int32)
+    # The int32 of an int64 is its low half.
+    bits = scale.to(torch.int32) if scale.dtype == torch.int64 else scale.to(torch.float32).view(torch.int32)
     return (bits & ~0x1FFF).view(torch.float32)
 
 
@@ -125,6 +133,8 @@ def _along(values: Tensor, input: Tensor, axis: int) -> Tensor:
     values = values.to(torch.float32)
     if values.numel() == 1:
         return values.reshape(())
+    if values.numel() != input.shape[axis]:
+        raise ValueError(f"npu_quantize: {values.numel()} scales or zero points for axis {axis} of {list(input.shape)}")
     shape = [1] * input.dim()
     shape[axis] = values.numel()
     return values.reshape(shape)

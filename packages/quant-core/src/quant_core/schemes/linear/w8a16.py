@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.context import LayerContext
 from quant_core.schemes.int8 import int8_codes, int8_weight, symmetric_scale, transpose_weight
-from quant_core.schemes.params import Param, finite, float_values, positive, replace_parameter
+from quant_core.schemes.params import Param, finite, float_values, positive, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 
 
@@ -44,7 +44,7 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
         input_dim = 1 if groups > 1 else None
         params = {}
         for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", finite, 0.0)):
-            if form.has(name, default=True):
+            if name == "weight_scale" or form.has(name, default=True):
                 params[name] = Param(
                     (output_size, groups),
                     form.float_dtype(name),
@@ -68,16 +68,17 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """One operator."""
-        groups = layer.weight_scale.shape[0]
+        weight, scale = tensor_of(layer, "weight"), tensor_of(layer, "weight_scale")
+        groups = scale.shape[0]
         if bias is not None and x.dtype == torch.bfloat16:
             bias = bias.to(torch.float32)  # the operator's rule for bfloat16
-        y = torch.ops.npu.npu_weight_quant_batchmatmul(
+        y: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
             x.reshape(-1, x.shape[-1]),
-            layer.weight,
-            layer.weight_scale,
+            weight,
+            scale,
             getattr(layer, "weight_offset", None),
             bias=bias,
-            antiquant_group_size=layer.weight.shape[0] // groups if groups > 1 else 0,
+            antiquant_group_size=weight.shape[0] // groups if groups > 1 else 0,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -91,12 +92,15 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
         return weight * scale.repeat_interleave(length, dim=1)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Symmetric per channel: the largest magnitude becomes 127."""
-        scale = symmetric_scale(weight)
-        return {"weight": int8_codes(weight, scale), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        """Symmetric per channel or group: the largest magnitude becomes 127."""
+        rows = weight.reshape(weight.shape[0] * _groups(self.context), -1)
+        row_scale = symmetric_scale(rows)
+        scale = row_scale.view(weight.shape[0], -1)
+        codes = int8_codes(rows, row_scale).view(weight.shape)
+        return {"weight": codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
 
 
 def _groups(context: LayerContext) -> int:
     """Groups of input features, told by the stored scale's shape."""
     shape = context.form.shape("weight_scale", (1, 1))
-    return shape[1] if len(shape) == 2 and shape[1] > 0 else 1  # noqa: PLR2004 - [out, groups]
+    return shape[1] if len(shape) == 2 and shape[1] > 0 else 1

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from quant_core.errors import LimitError
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.int8 import int8_weight, transpose_weight
-from quant_core.schemes.params import Param, float_values, integral_int8, positive, replace_parameter
+from quant_core.schemes.params import Param, float_values, integral_int8, positive, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 
 _INT32_MIN = -(2**31)
@@ -15,7 +15,9 @@ _INT32_MIN = -(2**31)
 def not_overflowed(stored: Tensor) -> str | None:
     """ValueCheck of quant_bias: msModelSlim overflows to the smallest int32 for some float16 models."""
     wrong = int((stored == _INT32_MIN).sum())
-    return f"{wrong} of {stored.numel()} values are {_INT32_MIN}: the tool overflowed when it wrote them" if wrong else None
+    if wrong == 0:
+        return None
+    return f"{wrong} of {stored.numel()} values are {_INT32_MIN}: the tool overflowed when it wrote them"
 
 
 @register_scheme("W8A8", "linear")
@@ -91,17 +93,17 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply; once per distinct input scale."""
         rows = x.reshape(-1, x.shape[-1])
+        scale, offset = tensor_of(layer, "input_scale"), tensor_of(layer, "input_offset")
+        weight, deq_scale, bias = (tensor_of(layer, name) for name in ("weight", "deq_scale", "quant_bias"))
         parts = []
         for g, (start, stop) in enumerate(self._runs):
-            codes = torch.ops.npu.npu_quantize(
-                rows, layer.input_scale[g : g + 1], layer.input_offset[g : g + 1], torch.qint8, -1, True
-            )
+            codes = torch.ops.npu.npu_quantize(rows, scale[g : g + 1], offset[g : g + 1], torch.qint8, -1, True)
             parts.append(
                 torch.ops.npu.npu_quant_matmul(
                     codes,
-                    layer.weight[:, start:stop],
-                    layer.deq_scale[start:stop],
-                    bias=layer.quant_bias[start:stop],
+                    weight[:, start:stop],
+                    deq_scale[start:stop],
+                    bias=bias[start:stop],
                     output_dtype=x.dtype,
                 )
             )

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.context import LayerContext
 from quant_core.schemes.int8 import int8_codes, int8_weight, symmetric_scale, transpose_weight
-from quant_core.schemes.params import Param, float_values, positive, replace_parameter, zero
+from quant_core.schemes.params import Param, float_values, positive, replace_parameter, tensor_of, zero
 from quant_core.schemes.registry import register_scheme
 
 
@@ -29,8 +29,8 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
         """Per-channel scales only: no operator multiplies int8 activations by int8 weights in groups."""
         reasons = super().can_serve(context)
         shape = context.form.shape("weight_scale", (1, 1))
-        if len(shape) == 2 and shape[1] != 1:  # noqa: PLR2004 - [out, groups]
-            reasons.append(f"weight_scale is {list(shape)}: W8A8_DYNAMIC is served with one scale per channel, not per group")
+        if len(shape) == 2 and shape[1] != 1:
+            reasons.append(f"weight_scale is {list(shape)}: W8A8_DYNAMIC has one scale per channel here, not per group")
         return reasons
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
@@ -40,8 +40,8 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
     def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight_scale` and `weight_offset`."""
         form = self.context.form
-        shape = (output_size, 1)
-        params = {"weight_scale": Param(shape, form.float_dtype("weight_scale"), output_dim=0, check=positive, dummy=1.0)}
+        shape, dtype = (output_size, 1), form.float_dtype("weight_scale")
+        params = {"weight_scale": Param(shape, dtype, output_dim=0, check=positive, dummy=1.0)}
         if form.has("weight_offset", default=True):
             dtype = form.float_dtype("weight_offset")
             params["weight_offset"] = Param(shape, dtype, output_dim=0, check=zero, dummy=0.0)
@@ -57,8 +57,13 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply."""
         codes, x_scale = torch.ops.npu.npu_dynamic_quant(x.reshape(-1, x.shape[-1]))
-        y = torch.ops.npu.npu_quant_matmul(
-            codes, layer.weight, layer.weight_scale, pertoken_scale=x_scale, bias=bias, output_dtype=x.dtype
+        y: Tensor = torch.ops.npu.npu_quant_matmul(
+            codes,
+            tensor_of(layer, "weight"),
+            tensor_of(layer, "weight_scale"),
+            pertoken_scale=x_scale,
+            bias=bias,
+            output_dtype=x.dtype,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -1,0 +1,161 @@
+"""Exactness of the int8 products, and that the probe lets no wrong one serve."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quant_core.ops.cpu import int8_gemm
+from quant_core.ops.cpu.int8_gemm import CANDIDATES, choose, float32_chunks, int_mm, milliseconds, refusal, report
+
+RIGHT = [candidate for candidate in CANDIDATES if refusal(candidate) is None]
+SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (17, 33, 65), (32, 1025, 16), (16, 4096, 8), (128, 256, 64), (1, 2049, 3)]
+
+
+def exact(a: Tensor, b: Tensor) -> Tensor:
+    """The product by int64 arithmetic."""
+    return a.to(torch.int64) @ b.to(torch.int64)
+
+
+def operands(m: int, k: int, n: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Uniform or extreme int8 matrices, the second one transposed as weights are."""
+    if kind == "uniform":
+        return torch.randint(-128, 128, (m, k), dtype=torch.int8), torch.randint(
+            -128, 128, (n, k), dtype=torch.int8
+        ).t()
+    a, b = torch.full((m, k), -128, dtype=torch.int8), torch.full((n, k), -128, dtype=torch.int8)
+    a[1::2] = 127
+    b[1::2] = 127
+    return a, b.t()
+
+
+def onednn_u8(a: Tensor, b: Tensor) -> Tensor:
+    """oneDNN's u8 by s8 product: really wrong on a processor without VNNI, right with it."""
+    n = b.shape[1]
+    packed = torch.ops.onednn.qlinear_prepack(b.t().contiguous(), list(a.shape))
+    shifted, ones, zeros = (a.to(torch.int16) + 128).to(torch.uint8), torch.ones(n), torch.zeros(n, dtype=torch.int64)
+    out = torch.ops.onednn.qlinear_pointwise(
+        shifted, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return out.to(torch.int32)
+
+
+def saturating_pairs(a: Tensor, b: Tensor) -> Tensor:
+    """What that product computes without VNNI, spelled out: pairs of u8 · s8 products saturate at 16 bits."""
+    k = a.shape[1] + a.shape[1] % 2
+    left = torch.nn.functional.pad(a.to(torch.int32) + 128, (0, k - a.shape[1]))
+    right = torch.nn.functional.pad(b.t().to(torch.int32), (0, k - b.shape[0]))
+    products = (left[:, None, :] * right[None, :, :]).view(a.shape[0], b.shape[1], k // 2, 2)
+    return products.sum(-1).clamp(-(2**15), 2**15 - 1).sum(-1).to(torch.int32) - 128 * right.sum(-1).to(torch.int32)
+
+
+def sums_in_float16(a: Tensor, b: Tensor) -> Tensor:
+    """A product that rounds its sums."""
+    return exact(a, b).to(torch.float16).to(torch.int32)
+
+
+def wrong_for_one_row(a: Tensor, b: Tensor) -> Tensor:
+    """A product whose separate path for decoding is wrong."""
+    return saturating_pairs(a, b) if a.shape[0] == 1 else float32_chunks(a, b)
+
+
+def wrong_in_the_rest(a: Tensor, b: Tensor) -> Tensor:
+    """A product that drops what does not fill a block of four."""
+    k = a.shape[1] // 4 * 4
+    return float32_chunks(a[:, :k], b[:k])
+
+
+def unavailable(a: Tensor, b: Tensor) -> Tensor:
+    """A product that this build of torch does not have."""
+    raise NotImplementedError("'some_kernel' not implemented for 'Char'")
+
+
+@pytest.mark.parametrize("kind", ["uniform", "extreme"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("candidate", RIGHT)
+def test_what_passes_the_probe_is_exact(candidate: Callable[..., Tensor], shape: tuple[int, ...], kind: str) -> None:
+    a, b = operands(*shape, kind)
+    got = candidate(a, b)
+    assert got.dtype == torch.int32
+    assert torch.equal(got.to(torch.int64), exact(a, b))
+
+
+@given(st.integers(1, 40), st.integers(1, 1500), st.integers(1, 40), st.booleans(), st.integers(0, 2**30))
+def test_the_portable_product_is_exact_everywhere(m: int, k: int, n: int, transposed: bool, seed: int) -> None:
+    """Explicitly the slow path, on any machine and whatever would be chosen."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
+    b = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator).t()
+    got = float32_chunks(a, b if transposed else b.contiguous())
+    assert torch.equal(got.to(torch.int64), exact(a, b))
+
+
+@pytest.mark.parametrize("candidate", [int_mm, onednn_u8, saturating_pairs])
+def test_the_probe_knows_whether_a_product_is_right_here(candidate: Callable[..., Tensor]) -> None:
+    """Its verdict is compared with what happens to ordinary data on this processor, whichever it is."""
+    wrong = 0
+    for shape in SHAPES[1:]:
+        for kind in ("uniform", "extreme"):
+            a, b = operands(*shape, kind)
+            wrong += int((candidate(a, b).to(torch.int64) != exact(a, b)).sum())
+    assert (refusal(candidate) is None) == (wrong == 0)
+
+
+@pytest.mark.parametrize("candidate", [saturating_pairs, sums_in_float16, wrong_for_one_row, wrong_in_the_rest])
+def test_the_probe_finds_a_wrong_product(candidate: Callable[..., Tensor]) -> None:
+    assert "sums are wrong" in (refusal(candidate) or "")
+
+
+def test_the_model_of_saturation_is_what_the_processor_does() -> None:
+    """Without VNNI both are wrong by the same amounts; with it, one is right and the other is not."""
+    a, b = operands(8, 64, 16, "uniform")
+    real, model = onednn_u8(a, b), saturating_pairs(a, b)
+    assert not torch.equal(model.to(torch.int64), exact(a, b))
+    assert torch.equal(real.to(torch.int64), exact(a, b)) or torch.equal(real, model)
+
+
+def test_a_product_that_torch_lacks_is_refused_with_its_words() -> None:
+    assert refusal(unavailable) == "'some_kernel' not implemented for 'Char'"
+
+
+def test_the_fastest_right_product_serves() -> None:
+    """`torch._int_mm` without VNNI and oneDNN is right and a plain loop."""
+    assert choose() in RIGHT
+    assert milliseconds(choose()) == min(milliseconds(candidate) for candidate in RIGHT)
+
+
+def test_the_report_names_every_candidate() -> None:
+    verdicts = report()
+    assert list(verdicts) == ["int_mm", "float32_chunks"]
+    assert [name for name, verdict in verdicts.items() if verdict == "serves"] == [choose().__name__]
+    for candidate in CANDIDATES:
+        if candidate is not choose():
+            assert verdicts[candidate.__name__].startswith(refusal(candidate) or "right, but takes")
+
+
+def test_a_report_says_why_a_candidate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_gemm, "CANDIDATES", (unavailable, saturating_pairs, float32_chunks))
+    monkeypatch.setattr(int8_gemm, "choose", choose.__wrapped__)
+    verdicts = report()
+    assert verdicts["float32_chunks"] == "serves"
+    assert "not implemented" in verdicts["unavailable"]
+    assert "wrong" in verdicts["saturating_pairs"]
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(0, 8, 4), (3, 8, 0), (3, 0, 4)])
+@pytest.mark.usefixtures("each_gemm")
+def test_products_of_nothing(m: int, k: int, n: int) -> None:
+    got = int8_gemm.int8_gemm(torch.zeros(m, k, dtype=torch.int8), torch.zeros(k, n, dtype=torch.int8))
+    assert (got.shape, got.dtype) == ((m, n), torch.int32)
+    assert not got.any()
+
+
+@pytest.mark.usefixtures("each_gemm")
+def test_sums_wrap_beyond_32_bits() -> None:
+    """Nothing real is so wide; the device's accumulator wraps, and a float one must not saturate instead."""
+    k = 140_000
+    a, b = torch.full((1, k), -128, dtype=torch.int8), torch.full((k, 1), -128, dtype=torch.int8)
+    assert int8_gemm.int8_gemm(a, b).item() == k * 2**14 - 2**32

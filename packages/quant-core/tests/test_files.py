@@ -1,0 +1,262 @@
+"""Reading files that strangers wrote: every failure is a CheckpointError with the file's name."""
+
+import json
+import os
+import resource
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from quant_core import CheckpointError, QuantError
+from quant_core.files import read_header, read_json
+
+HTML = b"<!DOCTYPE html>\n<html><title>404</title></html>"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+
+
+def raw(header: bytes, body: bytes = b"") -> bytes:
+    """A safetensors file with this header, whatever it is."""
+    return struct.pack("<Q", len(header)) + header + body
+
+
+def entry(dtype: str = "I8", shape: object = (2,), offsets: object = (0, 2)) -> dict[str, object]:
+    """What a header says of one tensor."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for files that are overwritten at each example."""
+    return tmp_path_factory.mktemp("files")
+
+
+def refusal(read: Callable[[Path, str], Any], path: Path) -> str:
+    """The message with which a file is refused; it must name the file and be printable."""
+    with pytest.raises(CheckpointError) as raised:
+        read(path, path.name)
+    message = str(raised.value)
+    assert path.name in message
+    message.encode()
+    return message
+
+
+def test_tensors_of_every_dtype(tmp_path: Path) -> None:
+    dtypes = [
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),
+        *(torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
+    ]
+    tensors = {f"t{i}": torch.zeros(i, 3, dtype=torch.uint8).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors["scalar"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    found = {t.name: t for t in read_header(tmp_path / "w.safetensors", "w.safetensors")}
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+        n: (tuple(t.shape), t.dtype) for n, t in tensors.items()
+    }
+    assert {t.file for t in found.values()} == {"w.safetensors"}
+
+
+ONE = json.dumps({"a": entry()}).encode()
+DAMAGED_WEIGHTS = {
+    "empty": (b"", "an empty file"),
+    "git-lfs": (LFS, "git lfs pull"),
+    "html": (HTML, "HTML page"),
+    "html after spaces": (b"\n\n <html>", "HTML page"),
+    "another format": (b"PK\x03\x04 not safetensors", "20 bytes"),
+    "a byte too few": (raw(ONE, b"\0"), "69 bytes"),
+    "a byte too many": (raw(ONE, b"\0\0\0"), "71 bytes"),
+    "cut inside the header": (raw(ONE)[:30], "30 bytes"),
+    "endless header": (struct.pack("<Q", 2**63) + b"{}", "bytes"),
+    "shape beyond the data": (raw(json.dumps({"a": entry(shape=(3,))}).encode(), b"\0\0"), "bytes"),
+    "size beyond 64 bits": (raw(json.dumps({"a": entry(shape=(2**62, 2**62))}).encode(), b"\0\0"), "bytes"),
+    "negative size": (raw(json.dumps({"a": entry(shape=(-2,))}).encode(), b"\0\0"), "bytes"),
+    "deep header": (raw(b'{"a": ' * 500), "bytes"),
+    "deeper header": (raw(b'{"a": ' * 500_000), "bytes"),
+    "no UTF-8": (raw(b"\xff\xfe{}"), "bytes"),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), DAMAGED_WEIGHTS.values(), ids=DAMAGED_WEIGHTS)
+def test_a_damaged_weights_file(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "model-00001.safetensors"
+    path.write_bytes(content)
+    message = refusal(read_header, path)
+    assert "is not a readable safetensors file" in message
+    assert told in message
+    assert "what to do: download or write the file again" in message
+
+
+@pytest.mark.parametrize("dtype", ["F4", "C64", "I4", "F6_E2M3"])
+def test_a_dtype_that_torch_does_not_have(dtype: str, tmp_path: Path) -> None:
+    """Some of them safetensors itself does not know."""
+    path = tmp_path / "w.safetensors"
+    size = {"F4": 8, "C64": 16, "F6_E2M3": 12, "I4": 8}[dtype]
+    content = json.dumps({"a": entry(dtype, (16 if dtype != "C64" else 2,), (0, size))}).encode()
+    path.write_bytes(raw(content, bytes(size)))
+    refusal(read_header, path)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+SIZES = st.integers(-2, 2**66) | st.integers(0, 40)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["I8", "F32", "BF16", "F8_E8M0", "F4", "XX"]) | JSON_VALUES,
+        "shape": st.lists(SIZES, max_size=4) | JSON_VALUES,
+        "data_offsets": st.tuples(SIZES, SIZES) | JSON_VALUES,
+    }
+)
+HEADERS = (
+    st.dictionaries(st.text(max_size=9) | st.just("__metadata__"), ENTRIES | JSON_VALUES, max_size=4) | JSON_VALUES
+)
+
+
+def read_or_refuse(path: Path) -> None:
+    """Read a header; the only exception that may come of it names the file."""
+    try:
+        read_header(path, path.name)
+    except QuantError as error:
+        assert path.name in str(error)
+
+
+@given(st.binary(max_size=200))
+@example(raw(b""))
+@example(raw(b"null"))
+@example(bytes(8))
+def test_random_bytes_as_weights(scratch: Path, content: bytes) -> None:
+    path = scratch / "bytes.safetensors"
+    path.write_bytes(content)
+    read_or_refuse(path)
+
+
+@given(HEADERS, st.binary(max_size=64), st.integers(-3, 3), st.booleans())
+def test_random_json_as_a_header(scratch: Path, header: object, body: bytes, shift: int, exact: bool) -> None:
+    path = scratch / "header.safetensors"
+    text = json.dumps(header, ensure_ascii=exact).encode("utf-8", "surrogatepass")
+    path.write_bytes(struct.pack("<Q", max(len(text) + (0 if exact else shift), 0)) + text + body)
+    read_or_refuse(path)
+
+
+@given(st.data(), st.integers(1, 4))
+def test_a_good_file_with_some_bytes_changed(scratch: Path, data: st.DataObject, changes: int) -> None:
+    path = scratch / "changed.safetensors"
+    content = bytearray(raw(json.dumps({"a": entry(), "b.c": entry("F32", (1, 3), (2, 14))}).encode(), bytes(12)))
+    for _ in range(changes):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    read_or_refuse(path)
+
+
+def test_json_as_it_should_be(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(
+        '{"层": [1, 2.5, null, true], "a": {"a": {}}, "limit": [0.0, Infinity], "bad": NaN}', encoding="utf-8"
+    )
+    content = read_json(path, "config.json")
+    assert content["层"] == [1, 2.5, None, True]
+    assert content["a"] == {"a": {}}
+    assert content["limit"] == [0.0, float("inf")]  # transformers writes such configs
+    assert content["bad"] != content["bad"]
+
+
+DAMAGED_JSON = {
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\t ", "is empty"),
+    "cut off": (b"{", "is not valid JSON"),
+    "a comma too many": (b'{"a": 1,}', "is not valid JSON"),
+    "two values": (b'{"a": 1} {"b": 2}', "Extra data"),
+    "git-lfs": (LFS, "git lfs pull"),
+    "html": (HTML, "HTML page"),
+    "no UTF-8": (b'{"a": "\xff"}', "can't decode byte 0xff"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "BOM"),
+    "huge number": (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
+    "deep lists": (b"[" * 100_000 + b"]" * 100_000, "recursion"),
+    "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "recursion"),
+    "a key twice": (b'{"a": 1, "b": 2, "a": 3}', "keys more than once: a"),
+    "a key twice inside": (b'{"x": [{"k": 1, "k": 1}]}', "keys more than once: k"),
+    "half a surrogate twice": (b'{"\\ud800": 1, "\\ud800": 1}', "keys more than once: \\ud800"),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), DAMAGED_JSON.values(), ids=DAMAGED_JSON)
+def test_damaged_json(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "some.index.json"
+    path.write_bytes(content)
+    assert told in refusal(read_json, path)
+
+
+@given(JSON_VALUES | st.binary(max_size=60), st.integers(0, 200))
+def test_random_json(scratch: Path, value: object, cut: int) -> None:
+    """Whole or cut off: read as it was written, or refused."""
+    path = scratch / "random.json"
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    path.write_bytes(text[: len(text) if cut > 100 else cut])
+    try:
+        got = read_json(path, path.name)
+    except QuantError as error:
+        assert path.name in str(error)
+    else:
+        if cut > 100 and not isinstance(value, bytes):
+            assert json.dumps(got) == json.dumps(value)
+
+
+def test_a_json_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as opened:
+        opened.truncate(2**40)  # takes no space
+    started = time.monotonic()
+    assert "larger than 268435456 bytes" in refusal(read_json, path)
+    assert time.monotonic() - started < 5
+
+
+READERS = pytest.mark.parametrize("read", [read_json, read_header])
+
+
+@READERS
+@pytest.mark.parametrize("kind", ["absent", "dangling", "folder", "pipe", "endless", "circle", "unreadable"])
+def test_what_is_no_file(read: Callable[[Path, str], Any], kind: str, tmp_path: Path) -> None:
+    """Nothing is opened that would block (a pipe) or never end (a device)."""
+    path = tmp_path / "model.safetensors"
+    if kind == "dangling":
+        path.symlink_to(tmp_path / "blobs" / "0123")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "circle":
+        path.symlink_to(path)
+    elif kind == "unreadable":
+        # Memory of this process at address 0: reading it fails even for root, who may read every file.
+        path.symlink_to("/proc/self/mem")
+    refusal(read, path)
+
+
+@READERS
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_a_name_that_no_file_can_have(read: Callable[[Path, str], Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        read(tmp_path / name, name)
+
+
+def test_an_error_message_is_small_and_memory_is_not_kept(tmp_path: Path) -> None:
+    """A header may claim 100 MB; what is read of a file to describe it is a few bytes."""
+    path = tmp_path / "w.safetensors"
+    with path.open("wb") as opened:
+        opened.write(struct.pack("<Q", 90 * 2**20))
+        opened.truncate(2**33)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(refusal(read_header, path)) < 1000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
