@@ -38,7 +38,7 @@ VLLM_WITHOUT = {"torchvision", "torchaudio", "torchcodec"}
 VLLM_SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a large share of the memory
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default vLLM keeps one core for itself, half of a small machine
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",  # with 2 on two busy cores, tiny models take up to ten times as long
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",

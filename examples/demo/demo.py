@@ -148,7 +148,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=200, help="how many of the 200 in eval.jsonl (default: all)")
     parser.add_argument("--all-layers", action="store_true", help="give every layer a row of its own")
     parser.add_argument("--dtype", default="auto", help="what vLLM computes in (default: as config.json says)")
-    parser.add_argument("--threads", default="1", help="OpenMP threads (default: 1, best for so small a model)")
+    parser.add_argument("--threads", default="1", help="OpenMP threads (default: 1, for a small model)")
     options = parser.parse_args()
     if options.problems < 1:
         parser.error("--problems must be at least 1")

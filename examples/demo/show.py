@@ -36,15 +36,17 @@ def layers(console: Console, served: Any, every_layer: bool) -> None:
     console.print("\n[bold]2. Which scheme each layer got, and from which key[/]\n")
     found = _decisions(config)
     console.print(_layer_table(found, every_layer))
-    files = sorted({entry.file for quant in found.values() for entry in quant.evidence})
-    example = next(entry.key for quant in found.values() for entry in quant.evidence)
-    console.print(
-        f"\nA key is the checkpoint module's full name and the ending, as in {example}; its value is the type. "
-        f"The keys stand in {', '.join(files)}."
-    )
+    evidence = [entry for quant in found.values() for entry in quant.evidence]
+    if evidence:
+        files = ", ".join(sorted({entry.file for entry in evidence}))
+        console.print(
+            f"\nA key is the checkpoint module's full name and the ending, as in {evidence[0].key}; its value is the "
+            f"type. The keys stand in {files}. --all-layers shows each layer by itself."
+        )
     for name in sorted({quant.quant_type for quant in config.layers.values()} - {None}):
         scheme = get_scheme_class(name, "linear")
-        console.print(f"{name} is {scheme.__name__}:\n  {(scheme.__doc__ or '').splitlines()[0]}", markup=False)
+        formula = re.sub(r", (?=\w+ = )", ",\n  ", (scheme.__doc__ or "").splitlines()[0])
+        console.print(f"{name} is {scheme.__name__}:\n  {formula}", markup=False)
 
 
 def _decisions(config: Any) -> dict[str, Any]:
@@ -135,18 +137,18 @@ def _notes(console: Console) -> None:
 
     console.print(
         "\nSpeed: generated tokens; all problems are handed over at once, reading them is included, the models take "
-        f"turns. Threads: {os.environ['OMP_NUM_THREADS']}."
+        f"turns. OpenMP threads: {os.environ['OMP_NUM_THREADS']}."
     )
     if current_device() == "cpu":
         console.print(
-            "It says more about this processor than about quantisation: without AVX512-BF16 or AMX there is no fast "
+            "\nIt says more about this processor than about quantisation: without AVX512-BF16 or AMX there is no fast "
             "bfloat16 product, without VNNI no int8 product that is fast and exact. What an NPU gains is not measured "
             "here. Candidates for the int8 product, tried on this processor:"
         )
         for name, found in report().items():
             console.print(f"  {name}: {found}")
     console.print(
-        "Memory: parameters as they are after loading, scales and biases included; a float weight that vLLM has packed "
-        "for a kernel of its own counts as before. All weights: embeddings, output head and norms as well. Not "
+        "\nMemory: parameters as they are after loading, scales and biases included; a float weight that vLLM has "
+        "packed for a kernel of its own counts as before. All weights: embeddings, output head and norms as well. Not "
         "counted: KV cache, activations."
     )

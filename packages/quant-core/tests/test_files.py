@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import struct
 import time
 from collections.abc import Callable
@@ -11,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from quant_core import CheckpointError, QuantError
+from quant_core import CheckpointError
 from quant_core.files import read_header, read_json
 
 HTML = b"<!DOCTYPE html>\n<html><title>404</title></html>"
@@ -30,12 +27,6 @@ def raw(header: bytes, body: bytes = b"") -> bytes:
 def entry(dtype: str = "I8", shape: object = (2,), offsets: object = (0, 2)) -> dict[str, object]:
     """What a header says of one tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for files that are overwritten at each example."""
-    return tmp_path_factory.mktemp("files")
 
 
 def refusal(read: Callable[[Path, str], Any], path: Path) -> str:
@@ -104,60 +95,6 @@ def test_a_dtype_that_torch_does_not_have(dtype: str, tmp_path: Path) -> None:
     refusal(read_header, path)
 
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-SIZES = st.integers(-2, 2**66) | st.integers(0, 40)
-ENTRIES = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(["I8", "F32", "BF16", "F8_E8M0", "F4", "XX"]) | JSON_VALUES,
-        "shape": st.lists(SIZES, max_size=4) | JSON_VALUES,
-        "data_offsets": st.tuples(SIZES, SIZES) | JSON_VALUES,
-    }
-)
-HEADERS = (
-    st.dictionaries(st.text(max_size=9) | st.just("__metadata__"), ENTRIES | JSON_VALUES, max_size=4) | JSON_VALUES
-)
-
-
-def read_or_refuse(path: Path) -> None:
-    """Read a header; the only exception that may come of it names the file."""
-    try:
-        read_header(path, path.name)
-    except QuantError as error:
-        assert path.name in str(error)
-
-
-@given(st.binary(max_size=200))
-@example(raw(b""))
-@example(raw(b"null"))
-@example(bytes(8))
-def test_random_bytes_as_weights(scratch: Path, content: bytes) -> None:
-    path = scratch / "bytes.safetensors"
-    path.write_bytes(content)
-    read_or_refuse(path)
-
-
-@given(HEADERS, st.binary(max_size=64), st.integers(-3, 3), st.booleans())
-def test_random_json_as_a_header(scratch: Path, header: object, body: bytes, shift: int, exact: bool) -> None:
-    path = scratch / "header.safetensors"
-    text = json.dumps(header, ensure_ascii=exact).encode("utf-8", "surrogatepass")
-    path.write_bytes(struct.pack("<Q", max(len(text) + (0 if exact else shift), 0)) + text + body)
-    read_or_refuse(path)
-
-
-@given(st.data(), st.integers(1, 4))
-def test_a_good_file_with_some_bytes_changed(scratch: Path, data: st.DataObject, changes: int) -> None:
-    path = scratch / "changed.safetensors"
-    content = bytearray(raw(json.dumps({"a": entry(), "b.c": entry("F32", (1, 3), (2, 14))}).encode(), bytes(12)))
-    for _ in range(changes):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content)
-    read_or_refuse(path)
-
-
 def test_json_as_it_should_be(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(
@@ -194,21 +131,6 @@ def test_damaged_json(content: bytes, told: str, tmp_path: Path) -> None:
     path = tmp_path / "some.index.json"
     path.write_bytes(content)
     assert told in refusal(read_json, path)
-
-
-@given(JSON_VALUES | st.binary(max_size=60), st.integers(0, 200))
-def test_random_json(scratch: Path, value: object, cut: int) -> None:
-    """Whole or cut off: read as it was written, or refused."""
-    path = scratch / "random.json"
-    text = value if isinstance(value, bytes) else json.dumps(value).encode()
-    path.write_bytes(text[: len(text) if cut > 100 else cut])
-    try:
-        got = read_json(path, path.name)
-    except QuantError as error:
-        assert path.name in str(error)
-    else:
-        if cut > 100 and not isinstance(value, bytes):
-            assert json.dumps(got) == json.dumps(value)
 
 
 def test_a_json_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
@@ -251,12 +173,9 @@ def test_a_name_that_no_file_can_have(read: Callable[[Path, str], Any], name: st
         read(tmp_path / name, name)
 
 
-def test_an_error_message_is_small_and_memory_is_not_kept(tmp_path: Path) -> None:
-    """A header may claim 100 MB; what is read of a file to describe it is a few bytes."""
+def test_a_header_that_claims_to_be_huge_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     with path.open("wb") as opened:
         opened.write(struct.pack("<Q", 90 * 2**20))
         opened.truncate(2**33)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert len(refusal(read_header, path)) < 1000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024

@@ -137,6 +137,12 @@ def small_content() -> Content:
     return content
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The tensors are tiny: threads would only wait for each other, long if the machine is busy."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def _small() -> Content:
     return small_content()

@@ -67,7 +67,7 @@ def test_no_prefix_without_a_global_key_behind_it() -> None:
         "layer.weight": "W8A8",
         "layer.bias": "FLOAT",
     }
-    with pytest.raises(CheckpointError, match="layer.group_sizes: 3"):
+    with pytest.raises(CheckpointError, match=r"layer\.group_sizes: 3"):
         parse({"layer.weight": "W8A8", "layer.group_sizes": 3})
 
 
@@ -151,9 +151,7 @@ def test_none(tmp_path: Path) -> None:
 def test_none_but_another_method_is_declared(tmp_path: Path) -> None:
     """The error sends the user the right way."""
     folder = write(tmp_path, json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}), "config.json")
-    with pytest.raises(
-        CheckpointError, match="(?s)'compressed-tensors'.*serve it with --quantization compressed-tensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"(?s)'compressed-tensors'.*serve it with --quantization compressed"):
         Description.read(folder)
 
 

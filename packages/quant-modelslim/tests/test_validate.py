@@ -17,7 +17,7 @@ from quant_core import (
 )
 from quant_modelslim import ModelSlimFormat
 
-Q, O, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"
+Q, OUT, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"
 WEIGHTS, DESCRIPTION = "quant_model_weights.safetensors", "quant_model_description.json"
 
 
@@ -72,29 +72,29 @@ def test_a_linear_type_is_no_attention_type(tmp_path: Path, small: Any) -> None:
 
 
 def test_described_but_not_in_the_files(tmp_path: Path, small: Any) -> None:
-    del small.tensors[f"{Q}.weight"], small.tensors[f"{O}.weight_scale"]
+    del small.tensors[f"{Q}.weight"], small.tensors[f"{OUT}.weight_scale"]
     refused(
         small,
         tmp_path,
         CheckpointError,
         "contradict each other in 2 places",
         f"{Q}.weight is described as W8A8_DYNAMIC, but no file holds it",
-        f"{O}.weight_scale is described as W8A8_DYNAMIC, but no file holds it",
+        f"{OUT}.weight_scale is described as W8A8_DYNAMIC, but no file holds it",
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
 def test_codes_described_as_float(tmp_path: Path, small: Any, dtype: torch.dtype) -> None:
     for suffix in ("weight", "weight_scale", "weight_offset"):
-        small.description[f"{O}.{suffix}"] = "FLOAT"
-    small.tensors[f"{O}.weight"] = small.tensors[f"{O}.weight"].to(torch.float32).to(dtype)
+        small.description[f"{OUT}.{suffix}"] = "FLOAT"
+    small.tensors[f"{OUT}.weight"] = small.tensors[f"{OUT}.weight"].to(torch.float32).to(dtype)
     name = str(dtype).removeprefix("torch.")
-    refused(small, tmp_path, CheckpointError, f"{O}.weight is described as FLOAT, but {WEIGHTS} holds {name}")
+    refused(small, tmp_path, CheckpointError, f"{OUT}.weight is described as FLOAT, but {WEIGHTS} holds {name}")
 
 
 def test_floats_described_as_codes(tmp_path: Path, small: Any) -> None:
-    small.tensors[f"{O}.weight"] = small.tensors[f"{O}.weight"].to(torch.bfloat16)
-    refused(small, tmp_path, LoadError, f"{O}.weight in {WEIGHTS} is bfloat16 [32, 32], expected int8 [32, 32]")
+    small.tensors[f"{OUT}.weight"] = small.tensors[f"{OUT}.weight"].to(torch.bfloat16)
+    refused(small, tmp_path, LoadError, f"{OUT}.weight in {WEIGHTS} is bfloat16 [32, 32], expected int8 [32, 32]")
 
 
 def test_a_norm_described_as_codes(tmp_path: Path, small: Any) -> None:
@@ -105,10 +105,10 @@ def test_a_norm_described_as_codes(tmp_path: Path, small: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "found", "expected"),
     [
-        (f"{O}.weight_scale", lambda t: t[:-1], "float32 [31, 1]", "float32 [32, 1]"),
-        (f"{O}.weight_scale", lambda t: t.flatten(), "float32 [32]", "float32 [32, 1]"),
-        (f"{O}.weight_scale", lambda t: t.to(torch.int32), "int32 [32, 1]", "float32 [32, 1]"),
-        (f"{O}.weight_offset", lambda t: t[:1], "float32 [1, 1]", "float32 [32, 1]"),
+        (f"{OUT}.weight_scale", lambda t: t[:-1], "float32 [31, 1]", "float32 [32, 1]"),
+        (f"{OUT}.weight_scale", lambda t: t.flatten(), "float32 [32]", "float32 [32, 1]"),
+        (f"{OUT}.weight_scale", lambda t: t.to(torch.int32), "int32 [32, 1]", "float32 [32, 1]"),
+        (f"{OUT}.weight_offset", lambda t: t[:1], "float32 [1, 1]", "float32 [32, 1]"),
         (f"{Q}.bias", lambda t: t[:3], "float32 [3]", "[32] of a float dtype"),
         (f"{Q}.weight", lambda t: t[:5], "float32 [32]", "[5] of a float dtype"),
         ("model.layers.1.self_attn.o_proj.deq_scale", lambda t: t.double(), "float64 [32]", "float32 [32]"),
@@ -134,8 +134,8 @@ def test_a_bias_of_integers(tmp_path: Path, small: Any) -> None:
 
 def test_groups_where_the_type_has_none(tmp_path: Path, small: Any) -> None:
     for suffix in ("weight_scale", "weight_offset"):
-        small.tensors[f"{O}.{suffix}"] = small.tensors[f"{O}.{suffix}"].repeat(1, 4)
-    refused(small, tmp_path, UnsupportedSchemeError, O, "W8A8_DYNAMIC", "[32, 4]")
+        small.tensors[f"{OUT}.{suffix}"] = small.tensors[f"{OUT}.{suffix}"].repeat(1, 4)
+    refused(small, tmp_path, UnsupportedSchemeError, OUT, "W8A8_DYNAMIC", "[32, 4]")
 
 
 def test_groups_that_do_not_fit(tmp_path: Path, small: Any) -> None:
@@ -151,7 +151,7 @@ def test_a_tensor_that_no_type_has(tmp_path: Path, small: Any) -> None:
 
 
 def test_layers_that_fail_alike_are_reported_together(tmp_path: Path, small: Any) -> None:
-    for module in (Q, O):
+    for module in (Q, OUT):
         small.tensors[f"{module}.weight_scale"] = small.tensors[f"{module}.weight_scale"].double().int()
     message = refused(small, tmp_path, LoadError, "q_proj", "o_proj")
     assert message.count("expected float32") == 2  # of different forms, since q has a bias
@@ -162,7 +162,7 @@ def test_layers_that_fail_alike_are_reported_together(tmp_path: Path, small: Any
 
 def test_quantised_weights_without_a_key(tmp_path: Path, small: Any) -> None:
     """The error has the layer, the keys looked for, the nearest ones, and what else the folder looks like."""
-    for key in [key for key in small.description if key.startswith((Q, O))]:
+    for key in [key for key in small.description if key.startswith((Q, OUT))]:
         del small.description[key]
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "other"}}')
     refused(
@@ -171,43 +171,43 @@ def test_quantised_weights_without_a_key(tmp_path: Path, small: Any) -> None:
         LayerResolutionError,
         "does not mention 2 quantised weights",
         f"{Q}.weight (int8 in {WEIGHTS})",
-        f"expected: the keys {Q}.weight, {O}.weight",
-        "the nearest keys are model.layers.0.self_attn.",
+        f"expected: the keys {OUT}.weight, {Q}.weight",
+        "the nearest keys are model.layers.1.self_attn.o_proj.weight, model.layers.0.self_attn.",
         "looks like another format: config.json declares the method 'other'",
     )
 
 
 def test_two_types_in_one_module(tmp_path: Path, small: Any) -> None:
     """Two types may store the same tensors, so only the description itself shows that it is wrong."""
-    small.description[f"{O}.weight"] = "W8A16"
+    small.description[f"{OUT}.weight"] = "W8A16"
     refused(
         small,
         tmp_path,
         CheckpointError,
-        f"{O}.weight is described as W8A16, {O}.weight_scale is described as W8A8_DYNAMIC",
+        f"{OUT}.weight is described as W8A16, {OUT}.weight_scale is described as W8A8_DYNAMIC",
     )
 
 
 def test_a_wrapper_that_smooths(tmp_path: Path, small: Any) -> None:
     for suffix in ("weight", "weight_scale", "weight_offset"):
-        small.tensors[f"{O}.linear.{suffix}"] = small.tensors.pop(f"{O}.{suffix}")
-        small.description[f"{O}.linear.{suffix}"] = small.description.pop(f"{O}.{suffix}")
-    small.tensors[f"{O}.div.mul_scale"] = torch.ones(32)
-    small.description[f"{O}.div.mul_scale"] = "FLOAT"
-    refused(small, tmp_path, UnsupportedSchemeError, "smoothed by a stored factor", O, "NonFusionSmoothQuant")
+        small.tensors[f"{OUT}.linear.{suffix}"] = small.tensors.pop(f"{OUT}.{suffix}")
+        small.description[f"{OUT}.linear.{suffix}"] = small.description.pop(f"{OUT}.{suffix}")
+    small.tensors[f"{OUT}.div.mul_scale"] = torch.ones(32)
+    small.description[f"{OUT}.div.mul_scale"] = "FLOAT"
+    refused(small, tmp_path, UnsupportedSchemeError, "smoothed by a stored factor", OUT, "NonFusionSmoothQuant")
 
 
 @pytest.mark.parametrize("section", ["metadata", "optional"])
 def test_rotations_that_are_not_there(tmp_path: Path, small: Any, section: str) -> None:
     """They have no key of their own: without them the layer would compute something else, without a word."""
-    rotated = {"heads_rotation": {"layers": [O]}, "kronecker_rotation": {"layers": [DOWN]}}
+    rotated = {"heads_rotation": {"layers": [OUT]}, "kronecker_rotation": {"layers": [DOWN]}}
     small.description[section] = {"quarot": {"max_tp_size": 1, **rotated}}
     refused(
         small,
         tmp_path,
         CheckpointError,
         "3 places",
-        f"{O}.heads_rotation is needed at run time, but no file holds it",
+        f"{OUT}.heads_rotation is needed at run time, but no file holds it",
         f"{DOWN}.kronecker_rotation_m is needed",
         f"{DOWN}.kronecker_rotation_n is needed",
     )

@@ -1,10 +1,11 @@
-"""Tiny models of many architectures, their ModelSlim checkpoints, and the same arithmetic computed by transformers.
+"""Tiny models of many architectures and their ModelSlim checkpoints.
 
 Used by test_architectures.py (a dozen, with every run) and survey.py (all that we know how to make, by hand). Sizes
 are small multiples of 32, weights are random but large enough that every layer moves the result.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ LEFT_FLOAT = {
     "vision_tower", "vision_model", "visual", "vision_embed_tokens", "vision_encoder", "vision", "vit_model", "vpm",
     "audio_tower", "audio_model", "audio", "audio_encoder", "embed_vision", "embed_audio", "multi_modal_projector",
     "mm_projector", "connector", "merger", "aligner", "patch_conv", "projector", "encoder_projector", "vqmodel",
-    "lm_head", "embed_out", "experts", "gate", "router", "shared_expert_gate", "token2wav", "talker", "model_patch_embed",
+    "lm_head", "embed_out", "experts", "gate", "router", "shared_expert_gate", "token2wav", "talker",
+    "model_patch_embed",
 }  # fmt: skip
 
 #: Sizes for every config attribute that exists under one of these names.
@@ -35,6 +37,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: A tensor's name, and all tensors, to the twin's tensors that are made at this name.
+Rename = Callable[[str, dict[str, Tensor]], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How to make one tiny model.
@@ -44,7 +50,7 @@ class Architecture:
         model_class: the name of transformers' model class.
         config: what the config gets beside SIZES; dictionaries go to the sub-configs of these names.
         engine: arguments for the engine.
-        rename: from the tensors that transformers saves to those of a twin that lays them out otherwise.
+        rename: for a twin that lays the same tensors out otherwise: what it has for a tensor that transformers saves.
         published: what the twin's config.json says instead.
         float_layers: further components of names under which layers stay float.
     """
@@ -53,7 +59,7 @@ class Architecture:
     model_class: str
     config: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
-    rename: Any = None
+    rename: Rename | None = None
     published: dict[str, Any] = field(default_factory=dict)
     float_layers: frozenset[str] = frozenset()
 
@@ -62,19 +68,13 @@ def small_config(config_class: Any, overrides: dict[str, Any]) -> Any:
     """A config of this class with small sizes; sub-configs likewise."""
     default = config_class()
     values = {name: value for name, value in SIZES.items() if _settable(default, name, value)}
-    for name, sub_class in getattr(config_class, "sub_configs", {}).items():
-        sub = overrides.get(name)
-        if sub is False:
-            continue
+    for name, declared in getattr(config_class, "sub_configs", {}).items():
         actual = getattr(default, name, None)
-        sub_class = type(actual) if hasattr(actual, "to_dict") else sub_class
-        if not hasattr(sub_class, "sub_configs") or sub_class.__name__ == "AutoConfig":
-            continue
-        values[name] = small_config(sub_class, sub or {})
-    for name, value in overrides.items():
-        if not isinstance(values.get(name), config_class.__mro__[-2]) and not hasattr(values.get(name), "to_dict"):
-            values[name] = value
-    return config_class(**{name: value for name, value in values.items() if value is not False or name not in getattr(config_class, "sub_configs", {})})
+        section = type(actual) if hasattr(actual, "to_dict") else declared
+        if hasattr(section, "sub_configs") and section.__name__ != "AutoConfig":
+            values[name] = small_config(section, overrides.get(name, {}))
+    more = {name: value for name, value in overrides.items() if not hasattr(values.get(name), "to_dict")}
+    return config_class(**{**values, **more})
 
 
 def _settable(config: Any, name: str, value: Any) -> bool:
@@ -124,29 +124,6 @@ def randomise(model: nn.Module) -> None:
                 param.zero_()
 
 
-class Int8Linear(nn.Module):
-    """W8A8_DYNAMIC as the scheme defines it, written down once more; sums stay exact in float32."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        self.register_buffer("codes", (weight / scale).round().clamp(-128, 127))
-        self.register_buffer("scale", scale.flatten())
-        self.bias = linear.bias
-        self.weight = linear.weight  # some models look at its dtype
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantise per token, multiply, scale."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        x_scale = flat.abs().amax(1, keepdim=True) / 127
-        codes = torch.where(x_scale > 0, flat / x_scale, 0.0).round().clamp(-128, 127)
-        y = (codes @ self.codes.t()) * self.scale * x_scale
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
-
-
 @dataclass
 class Tiny:
     """A tiny model on disk.
@@ -166,8 +143,9 @@ class Tiny:
 
 def make(architecture: Architecture, folder: Path) -> Tiny:
     """Build a model and write its ModelSlim checkpoint to `folder / "quant"`, its float one to `folder / "float"`."""
-    from quant_modelslim.writer import write_checkpoint
     from safetensors.torch import load_file, save_file
+
+    from quant_modelslim.writer import write_checkpoint
 
     model = build(architecture)
     model.save_pretrained(folder / "float")
@@ -177,13 +155,15 @@ def make(architecture: Architecture, folder: Path) -> Tiny:
     linears = text_linears(model, tensors, architecture.float_layers)
     quantised = {id(tensors[f"{module}.weight"]) for module in linears}
     if architecture.rename is not None:
-        tensors, quantised = architecture.rename(tensors, quantised)
+        tensors, quantised = renamed(tensors, quantised, architecture.rename)
         for file in (folder / "float").glob("*.safetensors*"):
             file.unlink()
-        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "float" / "model.safetensors", {"format": "pt"})
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()}, folder / "float" / "model.safetensors", {"format": "pt"}
+        )
     if architecture.published:
         path = folder / "float" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **architecture.published}))
+        path.write_text(json.dumps(merged(json.loads(path.read_text()), architecture.published)))
     chosen = {name.removesuffix(".weight") for name, tensor in tensors.items() if id(tensor) in quantised}
     write_checkpoint(
         folder / "quant",
@@ -192,6 +172,22 @@ def make(architecture: Architecture, folder: Path) -> Tiny:
         files_from=folder / "float",
     )
     return Tiny(model, tensors, linears, chosen)
+
+
+def renamed(tensors: dict[str, Tensor], quantised: set[int], rename: Rename) -> tuple[dict[str, Tensor], set[int]]:
+    """A twin's tensors, and which of them are quantised: those made from a tensor that is."""
+    twin: dict[str, Tensor] = {}
+    chosen = set()
+    for name, tensor in tensors.items():
+        made = rename(name, tensors)
+        twin |= made
+        chosen |= {id(new) for new in made.values()} if id(tensor) in quantised else set()
+    return twin, chosen
+
+
+def merged(content: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """One object with the keys of both, section by section."""
+    return content | {k: merged(content.get(k, {}), v) if isinstance(v, dict) else v for k, v in more.items()}
 
 
 def text_linears(model: nn.Module, tensors: dict[str, Tensor], also_float: frozenset[str]) -> dict[str, str]:
@@ -210,112 +206,3 @@ def text_linears(model: nn.Module, tensors: dict[str, Tensor], also_float: froze
 
 def _value(tensor: Tensor) -> Any:
     return (*tensor.shape, *tensor.detach().flatten()[:6].tolist())
-
-
-def quantise_reference(tiny: Tiny) -> None:
-    """Let transformers compute what the checkpoint says."""
-    for path in tiny.linears.values():
-        parent, _, name = path.rpartition(".")
-        setattr(tiny.model.get_submodule(parent), name, Int8Linear(tiny.model.get_submodule(path)))  # type: ignore[arg-type]
-
-
-def prompts(vocabulary: int = 500, seed: int = 7) -> list[list[int]]:
-    """Token ids away from the special ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(10, vocabulary, (length,), generator=generator).tolist() for length in (24, 9, 33)]
-
-
-@torch.no_grad()
-def reference_logprobs(model: nn.Module, prompts_: list[list[int]]) -> list[list[float]]:
-    """Log-probabilities of each prompt's tokens after the first."""
-    answers = []
-    for ids in prompts_:
-        output = model(input_ids=torch.tensor([ids]), use_cache=False)
-        logprobs = output.logits[0].float().log_softmax(-1)
-        answers.append([logprobs[i, ids[i + 1]].item() for i in range(len(ids) - 1)])
-    return answers
-
-
-def vllm_logprobs(llm: Any, prompts_: list[list[int]]) -> list[list[float]]:
-    """The same from an engine."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts_], sampling, use_tqdm=False)
-    return [
-        [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
-        for ids, output in zip(prompts_, outputs, strict=True)
-    ]
-
-
-def differences(left: list[list[float]], right: list[list[float]]) -> tuple[float, float]:
-    """Median and maximum of the absolute difference."""
-    a, b = (torch.tensor([x for prompt in side for x in prompt]) for side in (left, right))
-    gap = (a - b).abs()
-    return gap.median().item(), gap.max().item()
-
-
-@dataclass
-class Layers:
-    """What vLLM's model holds.
-
-    Attributes:
-        claimed: checkpoint modules behind quantised layers.
-        quantised: paths of quantised layers.
-        unquantised: paths of the others.
-        wrong: complaints.
-    """
-
-    claimed: list[str]
-    quantised: list[str]
-    unquantised: list[str]
-    wrong: list[str]
-
-
-def inspect_layers(llm: Any) -> Layers:
-    """Compare each linear layer's method with what was decided about it."""
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm_ascend_quant.methods.linear import AscendLinearMethod
-
-    config = llm.llm_engine.vllm_config.quant_config
-    model = llm.llm_engine.model_executor.driver_worker.get_model()
-    claimed, quantised, unquantised, wrong = [], [], [], []
-    for path, layer in model.named_modules():
-        if not isinstance(layer, LinearBase):
-            continue
-        method, decided = layer.quant_method, config.layers.get(path)
-        if isinstance(method, AscendLinearMethod):
-            quantised.append(path)
-            claimed += method.quant.modules
-            if decided is None or decided.modules != method.quant.modules:
-                wrong.append(f"{path}: method {method.quant.modules}, decided {decided and decided.modules}")
-        else:
-            unquantised.append(path)
-            if decided is not None and decided.quant_type is not None:
-                wrong.append(f"{path}: {type(method).__name__}, decided {decided.quant_type}")
-    return Layers(claimed, quantised, unquantised, wrong)
-
-
-@torch.no_grad()
-def layer_weights(llm: Any) -> dict[str, Tensor]:
-    """What each linear layer multiplies by, [out, in], seen from outside: unit vectors quantise without error."""
-    from vllm.model_executor.layers.linear import LinearBase
-
-    model = llm.llm_engine.model_executor.driver_worker.get_model()
-    weights = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, LinearBase) and not (hasattr(layer, "weight") and layer.weight.dim() == 3):
-            size = getattr(layer, "input_size_per_partition", layer.input_size)
-            dtype = getattr(layer, "params_dtype", torch.float32)
-            weights[path] = layer.quant_method.apply(layer, torch.eye(size, dtype=dtype)).t().float()
-    return weights
-
-
-def wrong_weights(quantised: dict[str, Tensor], exact: dict[str, Tensor]) -> list[str]:
-    """Layers whose int8 weights are not those of the float model, rounded."""
-    wrong = []
-    for path, weight in quantised.items():
-        step = exact[path].abs().amax(1, keepdim=True) / 127
-        if not ((weight - exact[path]).abs() <= 0.51 * step + 0.01 * exact[path].abs()).all():
-            wrong.append(path)
-    return wrong

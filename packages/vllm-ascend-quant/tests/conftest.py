@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -42,6 +43,41 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def front(folder: Path | str, **options: Any) -> Any:
+    """vLLM's configuration: all that happens in the front process before an engine is started."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = {"enforce_eager": True, "max_model_len": 512, "dtype": "float32"}
+    return EngineArgs(model=str(folder), **{**settings, **options}).create_engine_config()
+
+
+@contextmanager
+def loaded(folder: Path | str, **options: Any) -> Iterator[Any]:
+    """The model as a worker builds and loads it, without the rest of an engine: in less than a second."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+    from vllm.model_executor.model_loader import get_model
+
+    config = front(folder, **options)
+    with (
+        tempfile.TemporaryDirectory() as rendezvous,
+        pytest.MonkeyPatch.context() as patch,
+        set_current_vllm_config(config),
+    ):
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM's CPU worker does
+        try:
+            init_distributed_environment(1, 0, f"file://{rendezvous}/group", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+            yield get_model(vllm_config=config)
+        finally:
+            cleanup_dist_env_and_memory()
 
 
 def answers(llm: Any, prompts: list[list[int]], tokens: int = 16) -> list[dict[str, Any]]:
@@ -117,3 +153,15 @@ def start_engine() -> Callable[..., Any]:
 def ask() -> Callable[..., list[dict[str, Any]]]:
     """`ask(llm, prompts)`: see `answers`."""
     return answers
+
+
+@pytest.fixture(scope="session")
+def configure() -> Callable[..., Any]:
+    """`configure(folder, quantization=...)`: see `front`."""
+    return front
+
+
+@pytest.fixture(scope="session")
+def load_model() -> Callable[..., Any]:
+    """`with load_model(folder) as model:`; see `loaded`."""
+    return loaded

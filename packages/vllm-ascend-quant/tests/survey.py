@@ -28,6 +28,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import architectures as tiny_models  # noqa: E402
+import arithmetic  # noqa: E402
 from survey_table import TABLE  # noqa: E402
 
 ENGINE: dict[str, Any] = {
@@ -62,12 +63,12 @@ def judge(name: str, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"name": name}
     try:
         tiny = tiny_models.make(architecture, folder)
-        prompts = tiny_models.prompts()
+        prompts = arithmetic.prompts()
         result["described"] = len(tiny.expected)
-        float_reference = tiny_models.reference_logprobs(tiny.model, prompts)
-        tiny_models.quantise_reference(tiny)
-        reference = tiny_models.reference_logprobs(tiny.model, prompts)
-        result["sensitivity"] = tiny_models.differences(float_reference, reference)
+        float_reference = arithmetic.reference_logprobs(tiny.model, prompts)
+        arithmetic.quantise_reference(tiny)
+        reference = arithmetic.reference_logprobs(tiny.model, prompts)
+        result["sensitivity"] = arithmetic.differences(float_reference, reference)
     except Exception as error:
         return {**result, "no_model": why(error)}
     weights: dict[str, Any] = {}
@@ -94,19 +95,19 @@ def judge_engine(
         llm = start(folder, options)
         step = "layers"
         if prefix:
-            result["wrong_weights"] = tiny_models.wrong_weights(weights, tiny_models.layer_weights(llm))
+            result["wrong_weights"] = arithmetic.wrong_weights(weights, arithmetic.layer_weights(llm))
         else:
-            layers = tiny_models.inspect_layers(llm)
+            layers = arithmetic.inspect_layers(llm)
             result |= {"quantised": len(layers.quantised), "unquantised": layers.unquantised, "wrong": layers.wrong}
             result["missed"] = sorted(expected - set(layers.claimed))
             result["twice"] = sorted({m for m in layers.claimed if layers.claimed.count(m) > 1})
-            weights |= tiny_models.layer_weights(llm)
+            weights |= arithmetic.layer_weights(llm)
         step = "run"
-        answers = tiny_models.vllm_logprobs(llm, prompts)
-        result[f"{prefix}gap"] = tiny_models.differences(answers, reference)
+        answers = arithmetic.vllm_logprobs(llm, prompts)
+        result[f"{prefix}gap"] = arithmetic.differences(answers, reference)
         step = "reload"
         llm.collective_rpc("reload_weights")
-        result[f"{prefix}reload"] = tiny_models.differences(answers, tiny_models.vllm_logprobs(llm, prompts))
+        result[f"{prefix}reload"] = arithmetic.differences(answers, arithmetic.vllm_logprobs(llm, prompts))
     except BaseException as error:
         result[f"{prefix}error"] = f"{step}: {why(error)}"
     llm = None
@@ -140,9 +141,7 @@ def verdict(result: dict[str, Any]) -> str:
         return f"ok         {text}"
     layers = "wrong_weights" in result and not any(result.get(k) for k in ("missed", "wrong", "wrong_weights"))
     step, float_step = (result.get(key, "").partition(":")[0] for key in ("error", "float_error"))
-    run = step == float_step and (
-        "gap" not in result or result["gap"][0] < 2e-5 or result["float_gap"][0] > 5e-6
-    )
+    run = step == float_step and ("gap" not in result or result["gap"][0] < 2e-5 or result["float_gap"][0] > 5e-6)
     if layers and run:
         return f"ok so far  {text}"  # vLLM's float model differs, cannot run here, or does not survive a reload either
     return f"WRONG      {text}"
@@ -194,13 +193,14 @@ def main() -> None:
     parser.add_argument("--skip-done", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    import quant_modelslim.writer  # noqa: F401
     import transformers  # noqa: F401
+    import vllm
     import vllm.model_executor.model_loader.reload  # noqa: F401
-    from quant_core import list_schemes
-    import vllm  # noqa: F401
     from vllm.model_executor.models import registry
     from vllm.plugins import load_general_plugins
+
+    import quant_modelslim.writer  # noqa: F401
+    from quant_core import list_schemes
 
     load_general_plugins()
     list_schemes()  # imports them all

@@ -92,10 +92,11 @@ class CheckpointFolder:
     @cached_property
     def declared_method(self) -> str | None:
         """The quantisation method that config.json names, if any."""
-        for section in (self.config, self.config.get("text_config")):
-            quantization = section.get("quantization_config") if isinstance(section, dict) else None
-            if isinstance(quantization, dict) and isinstance(quantization.get("quant_method"), str):
-                return quantization["quant_method"] or None
+        sections = [section for section in (self.config, self.config.get("text_config")) if isinstance(section, dict)]
+        for name in ("quantization_config", "compression_config"):  # the second was compressed-tensors' first name
+            for quantization in (section.get(name) for section in sections):
+                if isinstance(quantization, dict) and isinstance(quantization.get("quant_method"), str):
+                    return quantization["quant_method"] or None
         return None
 
     @cached_property

@@ -2,6 +2,8 @@
 
 A complete format, in a package of its own that announces it in the entry-point group `quant_core.formats`:
 
+    from quant_core import Detection, Evidence, LayerQuant, QuantFormat
+
     class EverythingInt8(QuantFormat):
         name = "everything-int8"
         vllm_name = "everything-int8"

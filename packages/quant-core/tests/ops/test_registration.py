@@ -11,7 +11,8 @@ USE = """
 import quant_core, torch
 x = torch.randn(3, 8)
 codes, scales = torch.ops.npu.npu_dynamic_quant(x)
-y = torch.ops.npu.npu_quant_matmul(codes, torch.eye(8, dtype=torch.int8), torch.ones(8), pertoken_scale=scales, output_dtype=torch.float32)
+eye, ones = torch.eye(8, dtype=torch.int8), torch.ones(8)
+y = torch.ops.npu.npu_quant_matmul(codes, eye, ones, pertoken_scale=scales, output_dtype=torch.float32)
 assert torch.allclose(x, y, atol=float(scales.max()) / 2 * 1.001)
 print("status:", quant_core.ops.torch_npu_status)
 """
@@ -21,14 +22,15 @@ BROKEN = '''"""A stand-in for torch_npu: it is installed and cannot be imported,
 raise {error}
 '''
 
-WORKING = '''"""A stand-in for torch_npu: like the real one, it defines an operator with a Meta kernel and none for CPU."""
+WORKING = '''"""A stand-in for torch_npu: as in the real one, an operator has a Meta kernel and none for CPU."""
 
 import torch
 
 __version__ = "2.13.0"
 library = torch.library.Library("npu", "DEF")
 library.define(
-    "npu_quantize(Tensor input, Tensor scales, Tensor? zero_points, int dtype, int axis=1, bool div_mode=True) -> Tensor"
+    "npu_quantize(Tensor input, Tensor scales, Tensor? zero_points, "
+    "int dtype, int axis=1, bool div_mode=True) -> Tensor"
 )
 library.define("npu_trans_quant_param(Tensor scale, Tensor? offset=None, int? round_mode=0) -> Tensor")
 library.impl("npu_quantize", lambda input, *_: input.new_empty((1, 2, 3)), "Meta")

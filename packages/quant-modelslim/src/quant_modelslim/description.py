@@ -17,6 +17,9 @@ from quant_core.errors import listing
 NAME = "modelslim"
 
 PATTERN = "quant_model_description*.json"
+
+#: What every writer calls its weights.
+WEIGHTS = "quant_model_weight*.safetensors"
 FLOAT = "FLOAT"
 
 #: The last component of a key that says how an attention module computes; no tensor belongs to it.
@@ -93,15 +96,7 @@ class Description:
         """
         files = folder.files(PATTERN)
         if not files:
-            method = folder.declared_method
-            raise CheckpointError(
-                f"{folder.path} is no ModelSlim checkpoint: it has no {PATTERN}",
-                found=f"config.json declares the method {method!r}" if method else listing(folder.files("*")) or None,
-                todo=(
-                    f"serve it with --quantization {method}" if method else "serve a float model without --quantization"
-                )
-                + "; if it is a ModelSlim model, copy the description that msModelSlim wrote beside the weights",
-            )
+            raise _no_description(folder)
         if len(files) > 1:
             raise CheckpointError(
                 f"{folder.path} has {len(files)} ModelSlim descriptions: {listing(files)}",
@@ -150,6 +145,20 @@ class Description:
                 todo="the tool did not finish: quantise the model again",
             )
         return cls(file, types, attention, _global_keys(general, file))
+
+
+def _no_description(folder: CheckpointFolder) -> CheckpointError:
+    weights, method = folder.files(WEIGHTS), folder.declared_method
+    if weights:
+        return CheckpointError(
+            f"{folder.path} has {listing(weights)}, but no {PATTERN}",
+            todo="copy the description that msModelSlim wrote beside the weights: without it the types are unknown",
+        )
+    return CheckpointError(
+        f"{folder.path} is no ModelSlim checkpoint: it has no {PATTERN}",
+        found=f"config.json declares the method {method!r}" if method else listing(folder.files("*")) or None,
+        todo=f"serve it with --quantization {method}" if method else "serve a float model without --quantization",
+    )
 
 
 def _common_prefix(keys: Collection[str]) -> str:

@@ -14,13 +14,13 @@ from quant_core import (
     UnknownLayerError,
 )
 from quant_core.names import ModuleNames
-from quant_modelslim.description import FLOAT, NAME, PATTERN, Description
+from quant_modelslim.description import FLOAT, NAME, PATTERN, WEIGHTS, Description
 from quant_modelslim.resolve import agreed_type, module_type, unknown
 from quant_modelslim.validate import validate
 
 
 class ModelSlimFormat(QuantFormat):
-    """A folder that msModelSlim wrote, recognised by its description file.
+    """A folder that msModelSlim wrote, recognised by the names of its files.
 
     Attributes:
         description: the parsed description.
@@ -36,8 +36,8 @@ class ModelSlimFormat(QuantFormat):
 
     @classmethod
     def detect(cls, folder: CheckpointFolder) -> Detection | None:
-        """Whether the folder has a description file."""
-        files = folder.files(PATTERN)
+        """Whether the folder has a description file, or at least weights that lack one."""
+        files = folder.files(PATTERN) or folder.files(WEIGHTS)
         return Detection(cls.name, f"{folder.path} has {' and '.join(files)}") if files else None
 
     @classmethod
@@ -68,8 +68,8 @@ class ModelSlimFormat(QuantFormat):
             known = module_type(self.description, self.folder, module)
             if known is not None:
                 found[module] = known
-        if len(found) < len(modules):
-            absent = [module for module in modules if module not in found]
+        absent = [module for module in modules if module not in found]  # one module may stand for several members
+        if absent:
             raise unknown(query.name, absent, self.description, self.folder)
         quant_type = agreed_type({module: quant_type for module, (quant_type, _) in found.items()}, query.name)
         evidence = tuple(evidence for _, evidence in found.values())

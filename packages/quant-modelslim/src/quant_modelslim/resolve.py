@@ -79,7 +79,7 @@ def unknown(
 
 def undescribed(modules: Iterable[str], description: Description, folder: CheckpointFolder) -> LayerResolutionError:
     """The error for quantised weights without a key."""
-    names = list(modules)
+    names = sorted(modules)
     weights = [folder.modules[name].tensors["weight"] for name in names]
     return LayerResolutionError(
         f"{description.file} does not mention {len(names)} quantised weights: "

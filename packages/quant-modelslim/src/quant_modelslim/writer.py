@@ -41,8 +41,9 @@ def quantize_tensors(tensors: Mapping[str, Tensor], choose: Choice) -> tuple[dic
         quant_type = choose(module, tensor) if matrix else FLOAT
         parts = {suffix: tensor} if quant_type == FLOAT else quantize_weight(module, tensor, quant_type)
         for part, value in parts.items():
-            stored[f"{module}.{part}"] = value.contiguous()
-            types[f"{module}.{part}"] = quant_type
+            key = f"{module}.{part}" if module else part
+            stored[key] = value.contiguous()
+            types[key] = quant_type
     return stored, types
 
 

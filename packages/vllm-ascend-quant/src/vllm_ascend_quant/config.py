@@ -18,6 +18,7 @@ from quant_core import (
     LayerResolutionError,
     LoadError,
     QuantFormat,
+    UnknownLayerError,
     list_formats,
     require_scheme_class,
 )
@@ -152,7 +153,10 @@ class AscendQuantizationConfig(QuantizationConfig):
 
         """
         for module in modules:
-            quant = self.resolve(module, (module,))
+            try:
+                quant = self.resolve(module, (module,))
+            except UnknownLayerError:
+                continue  # tensors that are no module's weight, and that the description leaves out
             if quant.quant_type is not None:
                 require_scheme_class(quant.quant_type, layer_type, where=f"{name} ({quant.evidence[0]})")
 

@@ -35,8 +35,11 @@ def choose_method(engine_args: Any) -> None:
     method = formats[found[0].format].vllm_name
     _contradict(asked, method, found[0], "--quantization", "leave the argument out")
     _contradict(
-        folder.declared_method, method, found[0], "config.json", "remove quantization_config from config.json if the "
-        "weights are those of the description"
+        folder.declared_method,
+        method,
+        found[0],
+        "config.json",
+        "remove quantization_config from config.json if the weights are those of the description",
     )
     engine_args.quantization = method
 

@@ -32,16 +32,15 @@ def install() -> None:
         owner, attribute = compat.module_level(path)
         original = getattr(owner, attribute)
         if name not in off and getattr(original, _MARK, None) != name:
-            wrapped = functools.wraps(original)(functools.partial(wrapper, original))
-            setattr(owner, attribute, _as_function(wrapped, name))
+            setattr(owner, attribute, _wrapped(original, wrapper, name))
 
 
-def _as_function(wrapped: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A plain function, since a partial would not become a method."""
 
-    @functools.wraps(wrapped)
+    @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
-        return wrapped(*args, **kwargs)
+        return wrapper(original, *args, **kwargs)
 
     setattr(function, _MARK, name)
     return function
@@ -60,7 +59,7 @@ def _built(original: Callable[..., nn.Module], vllm_config: Any, *args: Any, **k
         settlement = settle_layers(model, config)
         if settlement.remade:
             compat.record_for_reload(model)
-        watch_loading(model, config, settlement.paths)
+        watch_loading(model, config, settlement.paths, vllm_config.model_config)
     return model
 
 

@@ -4,20 +4,25 @@ vLLM checks this for unquantised models only: a quantised one starts and answers
 """
 
 import functools
+import textwrap
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
-from quant_core import LoadError
+from quant_core import LoadError, QuantError
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.naming import ModelPaths
 from vllm_ascend_quant.parameter import AscendParameter
+from vllm_ascend_quant.sentinels import linear_layers, mark_unfilled, unfilled
+from vllm_ascend_quant.sources import check_source
 
 
 @dataclass
@@ -26,15 +31,16 @@ class Loading:
 
     Attributes:
         config: the model's quantisation config.
-        called: whether the model's `load_weights` was called; it is not for made-up weights.
-        names: the parameters that the last call of the model's `load_weights` reported; None before the first call or
-            where a model does not report.
-        expected: the parameters that the first load filled, each by all its names.
-        biases: `.bias` tensors without a place in the model when it was built, and the modules where they belong.
+        source: vLLM's model config, whose `model` is the folder that weights are loaded from.
+        called: whether the model's `load_weights` was called since the last check; it is not for made-up weights.
+        names: the parameters that it reported; None where a model does not report.
+        expected: the parameters that every load must fill, each by all its names.
+        biases: the checkpoint modules with a `.bias` tensor, and the modules where it may belong.
 
     """
 
     config: AscendQuantizationConfig
+    source: Any
     called: bool = False
     names: set[str] | None = None
     expected: frozenset[frozenset[str]] = frozenset()
@@ -50,30 +56,35 @@ def config_of(model: nn.Module) -> AscendQuantizationConfig | None:
     return None if loading is None else loading.config
 
 
-def watch_loading(model: nn.Module, config: AscendQuantizationConfig, model_paths: ModelPaths) -> None:
-    """Take note of what the model's `load_weights` reports from now on."""
-    loading = Loading(config, biases=_bias_places(config, model_paths))
+def watch_loading(model: nn.Module, config: AscendQuantizationConfig, paths: ModelPaths, source: Any) -> None:
+    """From now on, take note of what the model's `load_weights` is given and reports.
+
+    Whatever it raises becomes an error that names the tensor.
+    """
+    loading = Loading(config, source, biases=_bias_places(config, paths))
     _loadings[model] = loading
     original: Any = model.load_weights
+    started = source.model
+    reference = weakref.ref(model)  # the function becomes an attribute of the model
 
     @functools.wraps(original)
-    def load_weights(*args: Any, **kwargs: Any) -> Any:
-        loaded = original(*args, **kwargs)
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        last: list[tuple[str, torch.Tensor]] = []
+        try:
+            check_source(config, source, started)
+            reported = original(_noting(weights, last), *args, **kwargs)
+        except Exception as error:
+            _give_up(reference())
+            if isinstance(error, QuantError):
+                raise
+            raise _stopped(loading, last, error) from error
         loading.called = True
-        loading.names = None if loaded is None else set(loaded)
-        return loaded
+        loading.names = None if reported is None else (loading.names or set()) | set(reported)
+        return reported
 
     model.load_weights = load_weights  # type: ignore[assignment]
-
-
-def _bias_places(config: AscendQuantizationConfig, model_paths: ModelPaths) -> dict[str, list[str]]:
-    assert config.format is not None
-    owner = {module: path for path, quant in config.layers.items() for module in quant.modules}
-    return {
-        module: [owner[module]] if module in owner else model_paths.paths_of(module)
-        for module, form in config.format.folder.modules.items()
-        if form.has("bias")
-    }
+    if not config.dummy:
+        mark_unfilled(model)
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -85,36 +96,65 @@ def check_loaded(model: nn.Module) -> None:
     """
     loading = _loadings[model]
     config = loading.config
-    if loading.called:
-        _check_biases(model, loading)
-    if loading.names is None:
+    names, called = loading.names, loading.called
+    loading.names, loading.called = None, False
+    linear = {id(param) for layer in linear_layers(model).values() for param in layer.parameters(recurse=False)}
+    inside: set[frozenset[str]] = set()
+    others: set[frozenset[str]] = set()
+    for aliases, param in _parameters_with_names(model):
+        if not _exempt(model.get_submodule(aliases[0].rpartition(".")[0]), param):
+            (inside if id(param) in linear else others).add(frozenset(aliases))
+    # Linear layers are seen to by what they hold: some models fill more of them than they report.
+    loading.expected = frozenset({*others, *(aliases for aliases in inside if not aliases.isdisjoint(names or ()))})
+    if not called:
         return
-    absent = []
-    expected = []
-    for names, param in _parameters_with_names(model):
-        path, _, last = names[0].rpartition(".")
-        if _exempt(model.get_submodule(path), param):
-            continue
-        # Quantised parameters keep their own record; a float layer that was found in the files is loaded from there.
-        if isinstance(param, AscendParameter) or not loading.names.isdisjoint(names):
-            expected.append(frozenset(names))
-        elif last != "weight" or not any(name.rpartition(".")[0] in config.layers for name in names):
-            absent.append(names[0])
+    check_biases(model, loading)
+    absent = unfilled(model, config)
+    absent += [min(aliases) for aliases in others if names is not None and names.isdisjoint(aliases)]
     if absent:
         raise LoadError(
-            f"{len(absent)} parameters of the model were not loaded: {listing(absent)}",
+            f"{len(absent)} of the model's parameters were not loaded: {listing(absent)}",
             where=config.format.folder.path if config.format else None,
             found=_layers_hint(config),
             todo="check that config.json describes the model whose weights these are, and that no file is missing",
         )
-    loading.expected = frozenset(expected)
-    loading.names = None
 
 
-def _check_biases(model: nn.Module, loading: Loading) -> None:
+def check_reloaded(model: nn.Module) -> None:
+    """At the end of a reload, before vLLM puts the old weights back where nothing came.
+
+    Raises:
+        LoadError: lists what the reload left out. Layers that were left out keep their old weights.
+
+    """
+    loading = _loadings[model]
+    if not loading.called:
+        return
+    names = loading.names
+    loading.names, loading.called = None, False
+    absent = [min(aliases) for aliases in loading.expected if names is not None and names.isdisjoint(aliases)]
+    for path, layer in linear_layers(model).items():
+        if compat.incomplete_at_reload(layer) and not any(name.rpartition(".")[0] == path for name in absent):
+            method = layer.quant_method
+            # Of what vLLM loads itself, only the count of elements is known.
+            absent += (method.missing(layer) if isinstance(method, AscendLinearMethod) else []) or [f"a part of {path}"]
+    if absent:
+        _give_up(model)
+        raise LoadError(
+            f"the reload left out {len(absent)} of the model's parameters: {listing(sorted(absent))}",
+            todo="send all tensors of the checkpoint; until then the engine holds a mixture of old and new weights",
+        )
+    check_biases(model, loading)
+
+
+def check_biases(model: nn.Module, loading: Loading) -> None:
     """Refuse `.bias` tensors for which the model has no parameter: vLLM's loaders drop them without a word.
 
     Asked after loading, because a loader may make the parameter when it meets the tensor.
+
+    Raises:
+        LoadError: names the tensors.
+
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     lost = []
@@ -133,6 +173,46 @@ def _check_biases(model: nn.Module, loading: Loading) -> None:
         )
 
 
+def _bias_places(config: AscendQuantizationConfig, paths: ModelPaths) -> dict[str, list[str]]:
+    assert config.format is not None
+    owner = {module: path for path, quant in config.layers.items() for module in quant.modules}
+    return {
+        module: [owner[module]] if module in owner else paths.paths_of(module)
+        for module, form in config.format.folder.modules.items()
+        if form.has("bias")
+    }
+
+
+def _noting(
+    weights: Iterable[tuple[str, torch.Tensor]], last: list[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same stream; `last` holds what was handed out last."""
+    for name, tensor in weights:
+        last[:] = [(name, tensor)]
+        yield name, tensor
+
+
+def _stopped(loading: Loading, last: list[tuple[str, torch.Tensor]], error: Exception) -> LoadError:
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}".removesuffix(": "), 300, placeholder=" ...")
+    name, form = (last[0][0], f"{last[0][1].dtype} {list(last[0][1].shape)}") if last else ("the first tensor", None)
+    return LoadError(
+        f"vLLM could not load {name}: {reason}",
+        where=loading.source.model,
+        found="; ".join(filter(None, [form, _layers_hint(loading.config)])) or None,
+        expected=_sizes_hint(loading.config),
+        todo="check that config.json describes the model whose weights these are, and that none were added to them",
+    )
+
+
+def _give_up(model: nn.Module | None) -> None:
+    """Leave no half-done reload behind: the next one would count its tensors to this one's."""
+    if model is not None:
+        for param in model.parameters():
+            if isinstance(param, AscendParameter):
+                param.filled.clear()
+        compat.abandon_reload(model)
+
+
 def _parameters_with_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Each parameter once, with all its names: a loader reports it under any of them."""
     found: dict[int, tuple[list[str], nn.Parameter]] = {}
@@ -141,31 +221,18 @@ def _parameters_with_names(model: nn.Module) -> list[tuple[list[str], nn.Paramet
     return list(found.values())
 
 
-def check_reloaded(model: nn.Module) -> None:
-    """At the end of a reload, before vLLM puts the old weights back where nothing came.
-
-    Raises:
-        LoadError: lists what the reload left out.
-
-    """
-    loading = _loadings[model]
-    if loading.names is None:
-        return
-    absent = sorted(min(names) for names in loading.expected if loading.names.isdisjoint(names))
-    for path, module in model.named_modules():
-        if isinstance(module, LinearBase) and compat.incomplete_at_reload(module):
-            absent += [path] if not any(name.startswith(f"{path}.") for name in absent) else []
-    loading.names = None
-    if absent:
-        raise LoadError(
-            f"the reload left out {len(absent)} parameters: {listing(absent)}",
-            todo="send all tensors of the checkpoint; the engine's weights are incomplete until a complete reload",
-        )
-
-
 def _exempt(module: nn.Module, param: nn.Parameter) -> bool:
     """Parameters that no checkpoint needs to hold: cache scales with defaults, and empty placeholders."""
     return param.numel() == 0 or isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
+
+
+def _sizes_hint(config: AscendQuantizationConfig) -> str | None:
+    """The sizes that config.json asks for."""
+    section = {} if config.format is None else config.format.folder.config
+    section = section.get("text_config") or section
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    sizes = [f"{name} {section[name]}" for name in names if isinstance(section.get(name), int)]
+    return f"what config.json says: {', '.join(sizes)}" if sizes else None
 
 
 def _layers_hint(config: AscendQuantizationConfig) -> str | None:
@@ -174,9 +241,9 @@ def _layers_hint(config: AscendQuantizationConfig) -> str | None:
         return None
     section = config.format.folder.config
     asked = (section.get("text_config") or section).get("num_hidden_layers")
-    numbers = {
-        int(part) for name in config.format.folder.modules for part in name.split(".") if part.isdigit()
-    }
+    parts = (name.split(".") for name in config.format.folder.modules)
+    # The first number of a name is the layer's; one behind it may be an expert's.
+    numbers = {next((int(part) for part in name if part.isdigit()), 0) for name in parts}
     if not isinstance(asked, int) or not numbers:
         return None
     return f"config.json asks for {asked} layers, the highest layer number in the files is {max(numbers)}"

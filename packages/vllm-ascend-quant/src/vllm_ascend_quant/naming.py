@@ -5,7 +5,7 @@ packed-modules mapping at every level. Names are compared component by component
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -33,10 +33,7 @@ class ModelPaths:
                 for shard in shards if isinstance(shards, list) else [shards]:
                     if (shard, module) not in found[path]:
                         found[path].append((shard, module))
-        self.stored_at: dict[str, tuple[str, ...]] = {
-            path: tuple(module for _, module in sorted(members, key=lambda member: _order(member[0])))
-            for path, members in found.items()
-        }
+        self.stored_at: dict[str, tuple[str, ...]] = {path: in_shard_order(members) for path, members in found.items()}
 
     def paths_of(self, module: str) -> list[str]:
         """The paths at which a checkpoint module may land."""
@@ -107,6 +104,11 @@ class ModelPaths:
             packed = getattr(around, "packed_modules_mapping", None)
             if isinstance(packed, Mapping):
                 yield packed
+
+
+def in_shard_order(members: Iterable[tuple[Any, str]]) -> tuple[str, ...]:
+    """The modules of (shard id, module) in the order in which a fused layer holds them."""
+    return tuple(module for _, module in sorted(members, key=lambda member: _order(member[0])))
 
 
 def _order(shard: Any) -> tuple[int, str]:

@@ -73,6 +73,13 @@ class AscendParameter(BasevLLMParameter):
         """Members that were not loaded."""
         return [i for i in range(len(self.plan.members)) if i not in self.filled]
 
+    def parts(self) -> list[torch.Tensor]:
+        """What each member loaded; one part if they share a tensor."""
+        if self.plan.axis is None:
+            return [self.data]
+        parts = [self.plan.member(i) for i in range(len(self.plan.members))]
+        return [self.data.narrow(self.plan.axis, part.start, part.stop - part.start) for part in parts]
+
     def _load(self, member: int, loaded: torch.Tensor, output_part: int) -> None:
         layout, param = self.plan, self.plan.members[member]
         if loaded.dim() == 0:

@@ -13,10 +13,10 @@ def register() -> None:
     """
     check_version()
     # After the check: these import parts of vLLM whose place may differ in other versions.
-    from vllm.model_executor.layers.quantization import register_quantization_config  # noqa: PLC0415
+    from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from vllm_ascend_quant import hooks  # noqa: PLC0415
-    from vllm_ascend_quant.config import config_class  # noqa: PLC0415
+    from vllm_ascend_quant import hooks
+    from vllm_ascend_quant.config import config_class
 
     for name, quant_format in list_formats().items():
         register_quantization_config(quant_format.vllm_name)(config_class(name))

@@ -18,6 +18,7 @@ from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.naming import ModelPaths
+from vllm_ascend_quant.probing import ask_loader
 
 logger = init_logger("vllm.ascend_quant")
 
@@ -45,7 +46,7 @@ def settle_layers(model: nn.Module, config: AscendQuantizationConfig) -> Settlem
     """
     assert config.format is not None
     paths = ModelPaths(model, list(config.format.folder.modules))
-    unknown: list[str] = []
+    unknown: dict[str, LinearBase] = {}
     experts: dict[str, str] = {}
     remade = False
     config.layers.clear()
@@ -53,7 +54,7 @@ def settle_layers(model: nn.Module, config: AscendQuantizationConfig) -> Settlem
         if isinstance(layer, LinearBase):
             path, quant = _decide(layer, places, paths, config)
             if quant is None:
-                unknown.append(path)
+                unknown[path] = layer
                 continue
             config.layers[path] = quant
             remade |= _apply_decision(path, layer, quant, config)
@@ -65,7 +66,7 @@ def settle_layers(model: nn.Module, config: AscendQuantizationConfig) -> Settlem
     for prefix, stored in paths.below(experts).items():
         config.refuse_quantised(experts[prefix], "moe", stored)
     if unknown:
-        _refuse_left_over(unknown, config)
+        remade |= _settle_left_over(model, unknown, config)
     return Settlement(remade, paths)
 
 
@@ -134,18 +135,26 @@ def _apply_decision(path: str, layer: LinearBase, quant: LayerQuant, config: Asc
     return True
 
 
-def _refuse_left_over(unknown: list[str], config: AscendQuantizationConfig) -> None:
-    """Layers without weights are the model's affair, unless quantised weights without a layer are left over."""
+def _settle_left_over(model: nn.Module, unknown: dict[str, LinearBase], config: AscendQuantizationConfig) -> bool:
+    """Layers without weights are the model's affair, unless its loader puts quantised weights there, or fails to."""
     assert config.format is not None
     claimed = {module for quant in config.layers.values() for module in quant.modules}
-    left = []
-    for module, form in config.format.folder.modules.items():
-        if module not in claimed and form.has("weight") and config.resolve(module, (module,)).quant_type is not None:
-            left.append(module)
-    if left:
+    left = [
+        form
+        for module, form in config.format.folder.modules.items()
+        if module not in claimed and form.has("weight") and config.resolve(module, (module,)).quant_type is not None
+    ]
+    answer = ask_loader(model, unknown, left)
+    remade = False
+    for path, modules in answer.stored_at.items():
+        config.layers[path] = config.resolve(path, modules)
+        remade |= _apply_decision(path, unknown.pop(path), config.layers[path], config)
+    if answer.refused and unknown:
+        module, complaint = next(iter(answer.refused.items()))
         raise LayerResolutionError(
             f"{len(unknown)} linear layers of the model have no weights in the checkpoint: {listing(unknown)}",
-            found=f"quantised modules that belong to no layer: {listing(left)}",
-            where=config.format.folder.path,
+            found=f"quantised modules that belong to no layer: {listing(answer.refused)}",
+            where=f"{config.format.folder.path}; the model's loader says of {module}: {complaint}",
             todo="check that config.json describes the model that was quantised; if it does, report the architecture",
         )
+    return remade

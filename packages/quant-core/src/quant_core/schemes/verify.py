@@ -54,8 +54,7 @@ def verify_stored(scheme: AscendLinearScheme) -> None:
     forms = {form.module: form for form in context.stored} if any(context.stored) else {}
     problems: list[str] = []
     for module, form in forms.items():
-        # A module that is fused on disk already is the source of several members.
-        rows = sum(shard.output_size for shard in context.shards if shard.name == module)
+        rows = _rows(scheme, form, [shard.output_size for shard in context.shards if shard.name == module])
         problems += [*stored_problems(form, scheme.params(context.input_size, rows)), *_bias_problems(form, rows)]
     if problems:
         raise LoadError(
@@ -80,6 +79,15 @@ def stored_problems(form: StoredForm, declared: dict[str, Param]) -> Iterable[st
     for suffix in sorted(form.tensors.keys() - declared.keys() - LAYER_OWNED):
         tensor = form.tensors[suffix]
         yield f"{tensor.name} in {tensor.file} is not used by this type, and dropping it would change the results"
+
+
+def _rows(scheme: AscendLinearScheme, form: StoredForm, sizes: list[int]) -> int:
+    """The rows that a module must have which is the source of members of these sizes.
+
+    It is cut into them, or, if it has the rows of each of them, loaded into each (a model that uses k as v).
+    """
+    stored = scheme.stored_sizes(form)
+    return sizes[0] if stored is not None and set(sizes) == {stored[1]} else sum(sizes)
 
 
 def _bias_problems(form: StoredForm, rows: int) -> Iterable[str]:

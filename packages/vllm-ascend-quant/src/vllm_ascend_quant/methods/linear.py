@@ -98,28 +98,38 @@ class AscendLinearMethod(LinearMethodBase):
             LoadError: names what was not loaded, or values that cannot be used.
 
         """
-        stored = {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, AscendParameter)}
+        stored = _stored(layer)
         if not self.config.dummy or any(param.filled for param in stored.values()):
-            self._check(stored)
+            self._check(layer)
         for param in stored.values():
             param.filled.clear()
         self.quant_method.process_weights_after_loading(layer)
+
+    def missing(self, layer: nn.Module) -> list[str]:
+        """The stored tensors that were not loaded since the layer was last processed."""
+        shards = self.quant_method.context.shards
+        return [f"{shards[i].name}.{name}" for name, param in _stored(layer).items() for i in param.missing()]
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The scheme's output."""
         return self.quant_method.apply(layer, x, bias, self.quant_method.context.partition.rank)
 
-    def _check(self, stored: dict[str, AscendParameter]) -> None:
-        shards = self.quant_method.context.shards
-        missing = [f"{shards[i].name}.{name}" for name, param in stored.items() for i in param.missing()]
+    def _check(self, layer: nn.Module) -> None:
+        missing = self.missing(layer)
         if missing:
             raise LoadError(
                 f"{self.name}: {len(missing)} stored parameters were never loaded: {listing(missing)}",
                 where=listing(str(evidence) for evidence in self.quant.evidence),
                 todo="the weights that were sent lack these tensors: check the files, or the iterator of a reload",
             )
-        for name, param in stored.items():
-            check_values(self.quant_method.context, name, param.plan.param, param.data)
+        context = self.quant_method.context
+        for name, param in _stored(layer).items():
+            for shard, part in zip(context.shards, param.parts(), strict=False):  # a shared tensor is one part
+                check_values(replace(context, shards=(shard,)), name, param.plan.param, part)
+
+
+def _stored(layer: nn.Module) -> dict[str, AscendParameter]:
+    return {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, AscendParameter)}
 
 
 def _one_module_per_member(quant: LayerQuant, query: LayerQuery) -> LayerQuant:

@@ -1,0 +1,51 @@
+"""The plain int8 quantiser."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from quant_core.schemes.int8 import int8_codes, int8_weight, symmetric_scale, transpose_weight
+from quant_core.schemes.params import replace_parameter
+
+
+@given(st.integers(0, 2**30), st.integers(1, 9), st.integers(1, 40), st.sampled_from([1e-20, 1.0, 1e20]))
+def test_codes_are_half_a_step_from_the_weight(seed: int, rows: int, columns: int, size: float) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size
+    scale = symmetric_scale(weight)
+    codes = int8_codes(weight, scale)
+    error = (codes.to(torch.float64) * scale.to(torch.float64) - weight.to(torch.float64)).abs()
+    assert codes.dtype == torch.int8
+    assert scale.shape == (rows, 1)
+    assert bool((error <= scale.to(torch.float64) * (0.5 + 1e-5)).all())
+    assert codes.abs().amax(1).eq(127).all(), "the whole range is used"
+
+
+def test_a_channel_of_zeros_has_the_scale_one() -> None:
+    weight = torch.zeros(2, 4)
+    weight[1] = 3
+    scale = symmetric_scale(weight)
+    assert scale.tolist() == [[1.0], [torch.tensor(3 / 127).item()]]
+    assert int8_codes(weight, scale).tolist() == [[0] * 4, [127] * 4]
+
+
+def test_codes_round_ties_to_even_add_the_offset_and_saturate() -> None:
+    weight = torch.tensor([[0.5, 1.5, -0.5, 1000.0, -1000.0]])
+    one = torch.ones(1, 1)
+    assert int8_codes(weight, one).tolist() == [[0, 2, 0, 127, -128]]
+    assert int8_codes(weight, one, torch.full((1, 1), 10.0)).tolist() == [[10, 12, 10, 127, -128]]
+
+
+def test_the_declared_weight() -> None:
+    (param,) = int8_weight(16, 8).values()
+    assert (param.shape, param.dtype, param.output_dim, param.input_dim) == ((8, 16), torch.int8, 0, 1)
+
+
+def test_the_weight_is_transposed_by_its_strides() -> None:
+    layer, stored = nn.Module(), torch.randint(-9, 9, (8, 16), dtype=torch.int8)
+    replace_parameter(layer, "weight", stored)
+    transpose_weight(layer)
+    weight = layer.get_parameter("weight")
+    assert torch.equal(weight, stored.t())
+    assert weight.stride() == (1, 16)
+    assert weight.data_ptr() != stored.data_ptr()

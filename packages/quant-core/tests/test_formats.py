@@ -1,0 +1,238 @@
+"""From a format's answer to a scheme, and finding formats."""
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quant_core import (
+    CheckpointFolder,
+    Evidence,
+    LayerQuant,
+    LayerQuery,
+    LimitError,
+    LoadError,
+    Partition,
+    QuantFormat,
+    RegistrationError,
+    UnsupportedSchemeError,
+    detect_formats,
+    formats,
+    list_formats,
+)
+from quant_core.formats import layer_context
+from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod as Dynamic
+
+
+def module(name: str, rows: int, columns: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The stored tensors of a W8A8_DYNAMIC module."""
+    return {
+        f"{name}.weight": torch.zeros(rows, columns, dtype=torch.int8),
+        f"{name}.weight_scale": torch.ones(rows, 1, dtype=dtype),
+        f"{name}.weight_offset": torch.zeros(rows, 1, dtype=dtype),
+    }
+
+
+@pytest.fixture(scope="module")
+def example() -> type[QuantFormat]:
+    """The format of the documentation, executed as it stands in the docstring."""
+    lines = formats.__doc__.split("\n")
+    code = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line))
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(code, names)
+    return names["EverythingInt8"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    """Some modules, one of them fused."""
+    tensors = {
+        **module("a.q", 8),
+        **module("a.k", 4),
+        **module("a.v", 4),
+        **module("a.o", 16, 8),
+        **module("a.qkv", 16),
+    }
+    tensors |= {**module("half", 4, dtype=torch.bfloat16), "norm.weight": torch.ones(16)}
+    save_file({**tensors, "a.q.bias": torch.zeros(8)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"everything_int8": True}))
+    return CheckpointFolder(tmp_path)
+
+
+def query(*modules: str, **options: Any) -> LayerQuery:
+    """A question about a layer of these modules."""
+    return LayerQuery(name="layer", modules=modules, **options)
+
+
+def test_a_format_recognises_its_folders(example: type[QuantFormat], folder: CheckpointFolder, tmp_path: Path) -> None:
+    detection = example.detect(folder)
+    assert detection is not None
+    assert (detection.format, detection.reason) == ("everything-int8", "config.json says everything_int8")
+    (tmp_path / "other").mkdir()
+    assert example.detect(CheckpointFolder(tmp_path / "other")) is None
+
+
+def test_a_scheme_for_a_layer(example: type[QuantFormat], folder: CheckpointFolder) -> None:
+    """Sizes that the engine does not give come from the files."""
+    scheme = example.load(folder).create_scheme_for_layer(query("a.q"))
+    assert isinstance(scheme, Dynamic)
+    context = scheme.context
+    assert (context.input_size, [shard.output_size for shard in context.shards]) == (16, [8])
+    assert context.form.dtype("weight_scale", torch.int8) == torch.float32
+    assert context.stored[0].has("bias")
+
+
+def test_a_scheme_for_a_fused_and_cut_layer(example: type[QuantFormat], folder: CheckpointFolder) -> None:
+    asked = query(
+        *("a.q", "a.k", "a.v"),
+        input_size=16,
+        output_sizes=(8, 4, 4),
+        local_output_sizes=(4, 2, 2),
+        partition=Partition("column", 1, 2),
+        params_dtype=torch.float16,
+        has_bias=True,
+        role="decode",
+    )
+    context = example.load(folder).create_scheme_for_layer(asked).context
+    assert [(s.name, s.output_size, s.local_output_size) for s in context.shards] == [
+        ("a.q", 8, 4),
+        ("a.k", 4, 2),
+        ("a.v", 4, 2),
+    ]
+    assert [form.module for form in context.stored] == ["a.q", "a.k", "a.v"]
+    assert (context.params_dtype, context.has_bias, context.role) == (torch.float16, True, "decode")
+    assert context.partition == Partition("column", 1, 2)
+
+
+def test_a_module_that_is_fused_on_disk_serves_all_members(
+    example: type[QuantFormat], folder: CheckpointFolder
+) -> None:
+    asked = query("a.qkv", input_size=16, output_sizes=(8, 4, 4))
+    context = example.load(folder).create_scheme_for_layer(asked).context
+    assert [(shard.name, shard.output_size) for shard in context.shards] == [("a.qkv", 8), ("a.qkv", 4), ("a.qkv", 4)]
+    assert len(context.stored) == 3
+
+
+def test_a_float_layer_has_no_scheme(example: type[QuantFormat], folder: CheckpointFolder, monkeypatch: Any) -> None:
+    float_layer = LayerQuant(None, ("norm",), reason="it is a norm")
+    monkeypatch.setattr(example, "layer_quant", lambda self, query: float_layer)
+    assert example.load(folder).create_scheme_for_layer(query("norm")) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "parts"),
+    [
+        (
+            query("a.q", layer_type="moe"),
+            UnsupportedSchemeError,
+            ["W8A8_DYNAMIC", "layer (config.json: everything_int8"],
+        ),
+        (query("norm"), LoadError, ["norm: the stored tensors do not tell the layer's sizes", "norm.weight [16]"]),
+        (query("a.x"), LoadError, ["a.x", "no tensor of this name"]),
+        (query("a.q", input_size=16, output_sizes=(9,)), LoadError, ["int8 [8, 16], expected int8 [9, 16]"]),
+        # One of the two sizes from the engine: the other comes from the files, and the engine's is not forgotten.
+        (query("a.q", output_sizes=(9,)), LoadError, ["int8 [8, 16], expected int8 [9, 16]"]),
+        (query("a.q", input_size=32), LoadError, ["int8 [8, 16], expected int8 [8, 32]"]),
+        (query("a.q", "a.o"), LoadError, ["a.o.weight", "int8 [16, 8], expected int8 [16, 16]"]),
+        (query("a.q", "half"), LoadError, ["half.weight_scale", "bfloat16 [4, 1], expected float32 [4, 1]"]),
+        (query("a.q", "a.x", input_size=16, output_sizes=(8, 4)), LoadError, ["a.x.weight is absent"]),
+        (
+            query("a.q", "a.k", input_size=16, output_sizes=(8, 4, 4)),
+            LimitError,
+            ["fuses 3 members", "has 2", "a.q, a.k"],
+        ),
+        (query("a.q", local_output_sizes=(4, 4)), LimitError, ["fuses 1 members (2 on this rank)", "has 1"]),
+    ],
+)
+def test_what_cannot_be_served(
+    asked: LayerQuery, error: type[Exception], parts: list[str], example: type[QuantFormat], folder: CheckpointFolder
+) -> None:
+    with pytest.raises(error) as raised:
+        example.load(folder).create_scheme_for_layer(asked)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+def test_a_form_that_a_scheme_refuses(example: type[QuantFormat], folder: CheckpointFolder) -> None:
+    quant = example.load(folder).layer_quant(query("a.q"))
+    form = quant.stored[0]
+    scale = replace(form.tensors["weight_scale"], shape=(8, 2))
+    grouped = replace(quant, stored=(replace(form, tensors={**form.tensors, "weight_scale": scale}),))
+    with pytest.raises(UnsupportedSchemeError) as raised:
+        example.load(folder).create_scheme(query("a.q"), grouped)
+    message = str(raised.value)
+    assert "layer: the type W8A8_DYNAMIC cannot be served here" in message
+    assert "where: config.json: everything_int8 = true" in message
+    assert "not per group" in message
+
+
+def test_planning_without_files() -> None:
+    """Sizes then come from the engine alone."""
+    quant = LayerQuant("W8A8_DYNAMIC", ("a", "b"), evidence=(Evidence("f", "k", "v"),))
+    context = layer_context(query("a", "b", input_size=16, output_sizes=(8, 4)), quant, Dynamic)
+    assert (context.stored, context.input_size, context.output_size) == ((), 16, 12)
+    with pytest.raises(LoadError, match="layer: the stored tensors do not tell"):
+        layer_context(query("a", "b"), quant, Dynamic)
+
+
+@pytest.fixture
+def announce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Announces an attribute of a module that re-exports quant_core's names."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    classes = {"One": "name = 'one'", "Two": "name = 'one'", "Nameless": "pass"}
+    sources = [f"class {name}(QuantFormat):\n    {body}" for name, body in classes.items()]
+    (site / "announced_formats.py").write_text("\n\n".join(["from quant_core import *", *sources]))
+
+    def write(distribution: str, value: str) -> None:
+        info = site / f"{distribution}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{formats.ENTRY_POINT_GROUP}]\n{distribution} = {value}\n")
+
+    yield write
+    sys.modules.pop("announced_formats", None)
+
+
+def test_a_format_may_be_announced_twice(announce: Callable[[str, str], None]) -> None:
+    announce("first", "announced_formats:One")
+    announce("second", "announced_formats:One")
+    listed = list_formats()
+    assert listed["one"].__name__ == "One"
+    assert list(listed) == sorted(listed)
+
+
+def test_two_formats_of_one_name(announce: Callable[[str, str], None], folder: CheckpointFolder) -> None:
+    announce("first", "announced_formats:One")
+    announce("second", "announced_formats:Two")
+    for ask in (list_formats, lambda: detect_formats(folder)):
+        with pytest.raises(RegistrationError, match="two formats are called 'one'") as raised:
+            ask()
+        assert "announced_formats.One" in str(raised.value)
+        assert "announced_formats.Two" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("announced_formats:CheckpointFolder", "is not a QuantFormat"),
+        ("announced_formats:list_formats", "is not a QuantFormat"),
+        ("announced_formats", "is not a QuantFormat"),
+        ("announced_formats:Nameless", "is not a QuantFormat with a name"),
+        ("announced_formats:Absent", "what third announces cannot be imported"),
+        ("nothing_of_this_name:One", "what third announces cannot be imported"),
+    ],
+)
+def test_what_is_no_format(value: str, told: str, announce: Callable[[str, str], None]) -> None:
+    announce("third", value)
+    with pytest.raises(RegistrationError, match=told) as raised:
+        list_formats()
+    assert f"{value!r}" in str(raised.value)
