@@ -107,7 +107,8 @@ class Reference:
 
     def __init__(self, folder: Path) -> None:
         spec = importlib.util.spec_from_file_location("compare", folder / "compare.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         self._compare = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._compare)
         self.content = json.loads((folder / "reference.json").read_text())

@@ -37,10 +37,11 @@ def test_a_folder_is_recognised_and_answers_over_http(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "server.log"
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--port", str(port)]
+    command += ["--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--served-model-name", "tiny"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [*command, "--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--served-model-name", "tiny"],
+            command,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 
