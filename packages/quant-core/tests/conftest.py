@@ -22,6 +22,9 @@ settings.register_profile("quick", deadline=None, suppress_health_check=[HealthC
 settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=5000)  # --hypothesis-profile=fuzz
 settings.load_profile("quick")
 
+# The tensors here are tiny: on a busy machine, waiting for a second thread takes many times as long as the work.
+torch.set_num_threads(1)
+
 #: One checkpoint module: its stored tensors by suffix.
 Stored = Mapping[str, Tensor]
 
@@ -149,7 +152,8 @@ def run_python() -> Callable[..., str]:
     """Runs code in a process of its own, with packages from these paths; its output and warnings."""
 
     def run(code: str, *paths: Path) -> str:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+        path = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr

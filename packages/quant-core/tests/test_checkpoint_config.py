@@ -26,6 +26,14 @@ def test_a_config_that_is_no_object(content: str, tmp_path: Path) -> None:
         ({}, None),
         ({"quantization_config": {"quant_method": "ascend"}}, "ascend"),
         ({"text_config": {"quantization_config": {"quant_method": "ascend"}}}, "ascend"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        (
+            {
+                "compression_config": {"quant_method": "a"},
+                "text_config": {"quantization_config": {"quant_method": "b"}},
+            },
+            "b",
+        ),
         ({"text_config": [], "quantization_config": None}, None),
         ({"quantization_config": {"quant_method": 3}}, None),
         ({"quantization_config": {"quant_method": ""}}, None),

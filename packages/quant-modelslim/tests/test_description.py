@@ -148,6 +148,14 @@ def test_none(tmp_path: Path) -> None:
         Description.read(CheckpointFolder(tmp_path))
 
 
+@pytest.mark.parametrize("weights", ["quant_model_weights.safetensors", "quant_model_weight_w8a8.safetensors"])
+def test_weights_that_lack_one(tmp_path: Path, weights: str) -> None:
+    """The weights' name tells that one belongs to them."""
+    (tmp_path / weights).touch()
+    with pytest.raises(CheckpointError, match=rf"has {re.escape(weights)}, but no quant_model_description\*\.json"):
+        Description.read(CheckpointFolder(tmp_path))
+
+
 def test_none_but_another_method_is_declared(tmp_path: Path) -> None:
     """The error sends the user the right way."""
     folder = write(tmp_path, json.dumps({"quantization_config": {"quant_method": "compressed-tensors"}}), "config.json")

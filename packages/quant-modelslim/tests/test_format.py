@@ -40,8 +40,10 @@ def test_announced_and_detected(tmp_path: Path, small: Any) -> None:
     assert "quant_model_description.json" in detection.reason
     legacy = CheckpointFolder(small.write(tmp_path / "b", description="quant_model_description_w8a8.json"))
     assert "quant_model_description_w8a8.json" in detect_formats(legacy)[0].reason
-    (tmp_path / "c").mkdir()
-    assert detect_formats(CheckpointFolder(tmp_path / "c")) == []
+    (tmp_path / "a" / "quant_model_description.json").unlink()
+    assert "quant_model_weights.safetensors" in detect_formats(folder)[0].reason  # to say what is missing
+    (tmp_path / "a" / "quant_model_weights.safetensors").rename(tmp_path / "a" / "model.safetensors")
+    assert detect_formats(folder) == []
 
 
 def test_works_without_an_engine(tmp_path: Path, small: Any) -> None:

@@ -7,6 +7,7 @@ format alone decides is tested there in every variant; here one of each shows th
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -359,18 +360,41 @@ def half_float(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["o_proj.weight", "k_proj.weight", "v_proj.bias"])
-def test_a_float_layer_that_is_not_all_there(
-    name: str, half_float: Path, tmp_path: Path, load: Callable[..., None]
+@pytest.fixture
+def half_float_copy(half_float: Path, tmp_path: Path) -> Path:
+    """A copy to be broken."""
+    return Path(shutil.copytree(half_float, tmp_path / "half-float", copy_function=shutil.copyfile))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_attention_heads": 8}, f"{K}.weight in {WEIGHTS} is [64, 128], the model takes [32, 128]"),
+        ({"num_key_value_heads": 1}, f"{K}.bias in {WEIGHTS} is [64], the model takes [32]"),
+        ({"num_key_value_heads": 4}, "could not load model.layers.0.self_attn.k_proj."),
+        ({"num_key_value_heads": 3}, "could not build the model that config.json describes: AssertionError: num_heads"),
+        ({"num_attention_heads": 0}, "could not build the model that config.json describes: ZeroDivisionError"),
+    ],
+    ids=str,
+)
+def test_heads_that_contradict_float_weights(
+    config: dict[str, int], said: str, half_float_copy: Path, load: Callable[..., None]
 ) -> None:
+    """vLLM takes the first rows of a larger float weight without a word."""
+    in_config(**config)(half_float_copy)
+    refused(load, half_float_copy, said)
+
+
+@pytest.mark.parametrize("name", ["o_proj.weight", "k_proj.weight", "v_proj.bias"])
+def test_a_float_layer_that_is_not_all_there(name: str, half_float_copy: Path, load: Callable[..., None]) -> None:
     """vLLM keeps no record of parts of a fused layer: it would serve whatever the memory held."""
-    copied = tmp_path / "copy"
-    copied.mkdir()
-    for file in half_float.iterdir():
-        (copied / file.name).write_bytes(file.read_bytes())
-    load(copied)
-    drop(f"{LAYER}.self_attn.{name}")(copied)
-    refused(load, copied, f"{LAYER}.self_attn.{name.rpartition('.')[0]}")
+    drop(f"{LAYER}.self_attn.{name}")(half_float_copy)
+    refused(load, half_float_copy, f"{LAYER}.self_attn.{name.rpartition('.')[0]}")
+
+
+def test_nothing_else_is_wrong_with_the_float_layers(half_float: Path, load: Callable[..., None]) -> None:
+    """The folder of the tests above is served as it is."""
+    load(half_float)
 
 
 @pytest.mark.parametrize("name", [f"{K}.weight", f"{K}.weight_scale", f"{LAYER}.mlp.down_proj.weight", f"{K}.bias"])

@@ -136,6 +136,15 @@ def test_a_size_that_works_for_one_parameter_and_not_for_another_is_not_suggeste
         layout_of("weight", declared["weight"], layer)
 
 
+@pytest.mark.parametrize(("inputs", "entries", "ranks", "works"), [(80, 4, 2, 1), (80, 3, 3, 1), (144, 6, 4, 3)])
+def test_a_last_group_that_is_shorter(inputs: int, entries: int, ranks: int, works: int) -> None:
+    """So many entries could be cut evenly, but not where the groups begin: 80 is 24 + 24 + 24 + 8."""
+    step = 32 if entries == 3 else 24
+    scale = Param((8, entries), torch.float32, output_dim=0, input_dim=1, input_step=step)
+    message = refused({"weight_scale": [scale]}, context((8,), inputs, "row", 0, ranks))
+    assert f"use tensor_parallel_size {works}" in message
+
+
 @pytest.mark.parametrize(("kind", "size"), [("column", 2), ("row", 2), ("replicated", 1)])
 def test_a_layer_that_no_size_helps(kind: str, size: int) -> None:
     weight = Param((3, 8), torch.uint8, output_dim=0, input_dim=1, output_step=2)

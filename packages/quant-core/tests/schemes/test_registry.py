@@ -156,9 +156,10 @@ def test_a_package_may_look_up_others_while_it_is_imported(install: Callable[...
 
 def test_two_packages_that_clash_show_at_once_and_every_time(install: Callable[..., None]) -> None:
     """Also for a type that neither of them has to do with."""
-    install("first", "first_schemes", SCHEME.format(quant_type="W1A1", name="First"))
-    both = SCHEME.format(quant_type="W2A2", name="Second") + SCHEME.format(quant_type="W1A1", name="Third")
-    install("second", "second_schemes", both)
+    # Each has a scheme of its own before the common one, whichever of them is imported first.
+    for number, name in enumerate(("First", "Second")):
+        own = SCHEME.format(quant_type=f"W2A{number}", name=f"Own{name}")
+        install(name.lower(), f"{name.lower()}_schemes", own + SCHEME.format(quant_type="W1A1", name=name))
     messages = []
     for ask in (list_schemes, lambda: get_scheme_class("W8A8", "linear"), list_schemes):
         with pytest.raises(RegistrationError) as raised:
@@ -166,7 +167,7 @@ def test_two_packages_that_clash_show_at_once_and_every_time(install: Callable[.
         messages.append(str(raised.value))
     assert "two schemes claim 'W1A1' on linear layers" in messages[0]
     assert "first_schemes.First" in messages[0]
-    assert "second_schemes.Third" in messages[0]
+    assert "second_schemes.Second" in messages[0]
     assert messages[1:] == messages[:1] * 2, "what the failed import left behind shows up as a clash with itself"
 
 

@@ -92,6 +92,28 @@ def test_a_module_that_is_fused_on_disk_holds_the_rows_of_all_members() -> None:
     assert "expected int8 [12, 16]" in complaint(Plain.create(replace(whole, stored=(form("a.0", good(8)),) * 2)))
 
 
+def test_a_module_that_is_loaded_into_several_members_has_the_rows_of_each() -> None:
+    """A model that uses k as v."""
+    shards = (Shard("a.0", 8, 8), Shard("a.1", 4, 4), Shard("a.1", 4, 4))
+    stored = tuple(form(f"a.{i}", good(rows)) for i, rows in ((0, 8), (1, 4), (1, 4)))
+    verify_stored(Plain.create(LayerContext("fused", "linear", shards, 16, F32, stored=stored)))
+    short = (stored[0], form("a.1", good(3)), form("a.1", good(3)))
+    message = complaint(Plain.create(LayerContext("fused", "linear", shards, 16, F32, stored=short)))
+    assert "a.1.weight in w.safetensors is int8 [3, 16]" in message
+
+
+@pytest.mark.parametrize("bias", [((8,), F32), ((8,), BF16), ((8,), torch.float16)])
+def test_a_bias_beside_the_weight(bias: tuple[tuple[int, ...], torch.dtype]) -> None:
+    verify_stored(scheme_of(form("a.0", {**good(8), "bias": bias}), sizes=(8,)))
+
+
+@pytest.mark.parametrize("bias", [((4,), F32), ((8, 1), F32), ((8,), torch.int32), ((8,), torch.float8_e4m3fn)])
+def test_a_bias_that_cannot_be_one(bias: tuple[tuple[int, ...], torch.dtype]) -> None:
+    message = complaint(scheme_of(form("a.0", {**good(8), "bias": bias}), sizes=(8,)))
+    assert "a.0.bias in w.safetensors is " in message
+    assert "expected [8] of a float dtype" in message
+
+
 def test_problems_of_one_module() -> None:
     declared = scheme_of().params(16, 8)
     assert list(stored_problems(form("m", good(8)), declared)) == []

@@ -70,6 +70,9 @@ def module_level(path: str) -> tuple[Any, str]:
     return target, name
 
 
+#: Where `register_quantization_config` keeps what it is given.
+ADDED_METHODS = "vllm.model_executor.layers.quantization:_CUSTOMIZED_METHOD_TO_QUANT_CONFIG"
+
 #: The functions of vLLM that are wrapped, for lack of a hook; see hooks.py.
 CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
 INITIALIZE_MODEL = "vllm.model_executor.model_loader.base_loader:initialize_model"

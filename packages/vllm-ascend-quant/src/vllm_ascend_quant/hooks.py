@@ -7,6 +7,8 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     built    decide by module paths once the model exists (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
     reloaded see that a reload left nothing out (finalize_layerwise_processing)
+
+(The name `precedence` switches off what precedence.py does.)
 """
 
 import functools
@@ -18,6 +20,7 @@ from torch import nn
 
 from vllm_ascend_quant import compat, detection
 from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.explaining import building
 from vllm_ascend_quant.loading import check_loaded, check_reloaded, config_of, watch_loading
 from vllm_ascend_quant.settling import settle_layers
 
@@ -25,13 +28,17 @@ DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
 _MARK = "_vllm_ascend_quant_hook"
 
 
+def enabled(name: str) -> bool:
+    """Whether the user has not switched off this change of vLLM."""
+    return name not in {part.strip() for part in os.environ.get(DISABLE, "").split(",")}
+
+
 def install() -> None:
     """Wrap each function once; calling again changes nothing."""
-    off = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
     for name, (path, wrapper) in _HOOKS.items():
         owner, attribute = compat.module_level(path)
         original = getattr(owner, attribute)
-        if name not in off and getattr(original, _MARK, None) != name:
+        if enabled(name) and getattr(original, _MARK, None) != name:
             setattr(owner, attribute, _wrapped(original, wrapper, name))
 
 
@@ -52,8 +59,9 @@ def _detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs
 
 
 def _built(original: Callable[..., nn.Module], vllm_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    model = original(vllm_config, *args, **kwargs)
     config = vllm_config.quant_config
+    with building(config):
+        model = original(vllm_config, *args, **kwargs)
     if isinstance(config, AscendQuantizationConfig):
         config.dummy = vllm_config.load_config.load_format == "dummy"
         settlement = settle_layers(model, config)

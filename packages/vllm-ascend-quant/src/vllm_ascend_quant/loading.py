@@ -4,7 +4,6 @@ vLLM checks this for unquantised models only: a quantised one starts and answers
 """
 
 import functools
-import textwrap
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from quant_core import LoadError, QuantError
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.explaining import layers_hint, stopped
+from vllm_ascend_quant.floats import check_rows, linear_layers, mark_unfilled, unfilled
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.naming import ModelPaths
 from vllm_ascend_quant.parameter import AscendParameter
-from vllm_ascend_quant.sentinels import linear_layers, mark_unfilled, unfilled
 from vllm_ascend_quant.sources import check_source
 
 
@@ -60,6 +60,10 @@ def watch_loading(model: nn.Module, config: AscendQuantizationConfig, paths: Mod
     """From now on, take note of what the model's `load_weights` is given and reports.
 
     Whatever it raises becomes an error that names the tensor.
+
+    Raises:
+        LoadError: if float tensors would not fit.
+
     """
     loading = Loading(config, source, biases=_bias_places(config, paths))
     _loadings[model] = loading
@@ -70,20 +74,26 @@ def watch_loading(model: nn.Module, config: AscendQuantizationConfig, paths: Mod
     @functools.wraps(original)
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         last: list[tuple[str, torch.Tensor]] = []
+        loaded_model = reference()
+        assert loaded_model is not None, "its own method is running"
         try:
-            check_source(config, source, started)
+            other = check_source(config, source, started)
+            if other is not None:
+                check_rows(loaded_model, config, other)
             reported = original(_noting(weights, last), *args, **kwargs)
         except Exception as error:
-            _give_up(reference())
-            if isinstance(error, QuantError):
+            _give_up(loaded_model)
+            if isinstance(error, (QuantError, MemoryError, torch.OutOfMemoryError)):
                 raise
-            raise _stopped(loading, last, error) from error
+            raise stopped(config, source.model, last, error) from error
         loading.called = True
         loading.names = None if reported is None else (loading.names or set()) | set(reported)
         return reported
 
     model.load_weights = load_weights  # type: ignore[assignment]
     if not config.dummy:
+        assert config.format is not None
+        check_rows(model, config, config.format.folder)
         mark_unfilled(model)
 
 
@@ -115,7 +125,7 @@ def check_loaded(model: nn.Module) -> None:
         raise LoadError(
             f"{len(absent)} of the model's parameters were not loaded: {listing(absent)}",
             where=config.format.folder.path if config.format else None,
-            found=_layers_hint(config),
+            found=layers_hint(config),
             todo="check that config.json describes the model whose weights these are, and that no file is missing",
         )
 
@@ -192,25 +202,12 @@ def _noting(
         yield name, tensor
 
 
-def _stopped(loading: Loading, last: list[tuple[str, torch.Tensor]], error: Exception) -> LoadError:
-    reason = textwrap.shorten(f"{type(error).__name__}: {error}".removesuffix(": "), 300, placeholder=" ...")
-    name, form = (last[0][0], f"{last[0][1].dtype} {list(last[0][1].shape)}") if last else ("the first tensor", None)
-    return LoadError(
-        f"vLLM could not load {name}: {reason}",
-        where=loading.source.model,
-        found="; ".join(filter(None, [form, _layers_hint(loading.config)])) or None,
-        expected=_sizes_hint(loading.config),
-        todo="check that config.json describes the model whose weights these are, and that none were added to them",
-    )
-
-
-def _give_up(model: nn.Module | None) -> None:
+def _give_up(model: nn.Module) -> None:
     """Leave no half-done reload behind: the next one would count its tensors to this one's."""
-    if model is not None:
-        for param in model.parameters():
-            if isinstance(param, AscendParameter):
-                param.filled.clear()
-        compat.abandon_reload(model)
+    for param in model.parameters():
+        if isinstance(param, AscendParameter):
+            param.filled.clear()
+    compat.abandon_reload(model)
 
 
 def _parameters_with_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
@@ -224,26 +221,3 @@ def _parameters_with_names(model: nn.Module) -> list[tuple[list[str], nn.Paramet
 def _exempt(module: nn.Module, param: nn.Parameter) -> bool:
     """Parameters that no checkpoint needs to hold: cache scales with defaults, and empty placeholders."""
     return param.numel() == 0 or isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
-
-
-def _sizes_hint(config: AscendQuantizationConfig) -> str | None:
-    """The sizes that config.json asks for."""
-    section = {} if config.format is None else config.format.folder.config
-    section = section.get("text_config") or section
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    sizes = [f"{name} {section[name]}" for name in names if isinstance(section.get(name), int)]
-    return f"what config.json says: {', '.join(sizes)}" if sizes else None
-
-
-def _layers_hint(config: AscendQuantizationConfig) -> str | None:
-    """How many layers config.json asks for and how many the files hold, if the names tell."""
-    if config.format is None:
-        return None
-    section = config.format.folder.config
-    asked = (section.get("text_config") or section).get("num_hidden_layers")
-    parts = (name.split(".") for name in config.format.folder.modules)
-    # The first number of a name is the layer's; one behind it may be an expert's.
-    numbers = {next((int(part) for part in name if part.isdigit()), 0) for name in parts}
-    if not isinstance(asked, int) or not numbers:
-        return None
-    return f"config.json asks for {asked} layers, the highest layer number in the files is {max(numbers)}"

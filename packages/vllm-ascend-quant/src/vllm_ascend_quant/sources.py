@@ -7,8 +7,8 @@ from quant_core.errors import listing
 from vllm_ascend_quant.config import AscendQuantizationConfig
 
 
-def check_source(config: AscendQuantizationConfig, source: Any, started: str) -> None:
-    """Check the folder that weights are about to be loaded from, if it is another one.
+def check_source(config: AscendQuantizationConfig, source: Any, started: str) -> CheckpointFolder | None:
+    """Check the folder that weights are about to be loaded from, if it is another one, and return it.
 
     Args:
         config: describes the folder that the engine was started with.
@@ -22,7 +22,7 @@ def check_source(config: AscendQuantizationConfig, source: Any, started: str) ->
 
     """
     if source.model == started:
-        return
+        return None
     assert config.format is not None
     first = config.format.folder
     folder = CheckpointFolder.locate(source.model, revision=source.revision)
@@ -48,3 +48,4 @@ def check_source(config: AscendQuantizationConfig, source: Any, started: str) ->
             found=listing(wrong),
             todo="start the engine anew with these weights",
         )
+    return folder

@@ -132,7 +132,7 @@ def _divides(param: Param, parts: int, input_size: int) -> bool:
     if param.input_dim is None or parts == 1:
         return True
     entries = param.shape[param.input_dim]
-    return entries % parts == 0 and input_size % parts == 0 and (input_size // parts) % param.input_step == 0
+    return entries % parts == 0 and (input_size // parts) % param.input_step == 0
 
 
 def _indivisible(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import LimitError, Partition
 from quant_core.schemes.linear.w8a16 import AscendW8A16LinearMethod
@@ -145,10 +146,22 @@ def test_quantising_loses_half_a_step_of_each_group(
     assert bool((error <= stored["weight_scale"].repeat_interleave(length, 1) * (0.5 + 1e-5)).all())
 
 
-def test_a_bias_in_bfloat16_is_handed_over_in_float32(make: Any, workbench: Any) -> None:
-    """The device's rule; nothing of it is lost."""
-    stored = make["W8A16"](8, INPUTS)
-    scheme, layer = workbench.serve(AscendW8A16LinearMethod, [stored], dtype=torch.bfloat16)
-    bias = torch.randn(8).to(torch.bfloat16)
-    x = torch.zeros(1, INPUTS, dtype=torch.bfloat16)
-    assert torch.equal(scheme.apply(layer, x, bias)[0], bias)
+class Arguments(TorchDispatchMode):
+    """Records the arguments of the operators of the namespace npu, by name."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "npu":
+            names = [argument.name for argument in func._schema.arguments]
+            self.recorded = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_beside_bfloat16_is_handed_over_in_float32(make: Any, workbench: Any, dtype: torch.dtype) -> None:
+    """The device's rule; beside float16 it stays as it is."""
+    scheme, layer = workbench.serve(AscendW8A16LinearMethod, [make["W8A16"](8, INPUTS)], dtype=dtype)
+    bias = torch.randn(8).to(dtype)
+    with Arguments() as arguments:
+        got = scheme.apply(layer, torch.zeros(1, INPUTS, dtype=dtype), bias)
+    assert torch.equal(got[0], bias)
+    assert arguments.recorded["bias"].dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)

@@ -69,7 +69,7 @@ class AscendLinearMethod(LinearMethodBase):
         query = LayerQuery(
             name=self.name,
             input_size=input_size,
-            output_sizes=_full_sizes(layer, output_partition_sizes),
+            output_sizes=full_sizes(layer, output_partition_sizes),
             local_output_sizes=tuple(output_partition_sizes),
             params_dtype=params_dtype,
             partition=_partition(layer),
@@ -162,7 +162,7 @@ def _partition(layer: LinearBase) -> Partition:
     return Partition()
 
 
-def _full_sizes(layer: LinearBase, local: list[int]) -> tuple[int, ...]:
+def full_sizes(layer: LinearBase, local: list[int]) -> tuple[int, ...]:
     """Each member's output features over all ranks; key/value heads may be held by several of them."""
     if isinstance(layer, QKVParallelLinear) and len(local) == 3:  # q, k, v
         return (

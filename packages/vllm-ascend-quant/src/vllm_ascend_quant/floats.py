@@ -1,0 +1,91 @@
+"""Float linear layers: vLLM loads them itself, and checks neither that all parts came nor that nothing was cut off.
+
+A fused layer whose k has no bias in the files reports its bias as loaded, and two thirds of it are. Of a tensor with
+more rows than the layer has, vLLM takes the first ones.
+"""
+
+import math
+from collections import Counter
+from typing import cast
+
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
+
+from quant_core import CheckpointFolder, LoadError
+from quant_core.errors import listing
+from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.methods.linear import full_sizes
+from vllm_ascend_quant.parameter import AscendParameter
+
+
+def linear_layers(model: nn.Module) -> dict[str, LinearBase]:
+    """The linear layers by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LinearBase)}
+
+
+def check_rows(model: nn.Module, config: AscendQuantizationConfig, folder: CheckpointFolder) -> None:
+    """Refuse tensors of a folder that have more rows than the model takes.
+
+    Raises:
+        LoadError: lists tensor, file, found and expected rows.
+
+    """
+    takers = Counter(module for quant in config.layers.values() for module in set(quant.modules))
+    wrong = []
+    for path, layer in linear_layers(model).items():
+        quant = config.layers.get(path)
+        if quant is None or quant.quant_type is not None:
+            continue
+        sizes = full_sizes(layer, _local_sizes(layer))
+        owners = quant.modules if len(quant.modules) == len(sizes) else quant.modules[:1] * len(sizes)
+        for module in dict.fromkeys(owners):
+            rows = sum(size for owner, size in zip(owners, sizes, strict=True) if owner == module)
+            form = folder.modules.get(module)
+            if takers[module] > 1 or form is None:
+                continue  # one of several layers takes its part
+            for suffix, others in (("weight", (layer.input_size,)), ("bias", ())):
+                tensor = form.tensors.get(suffix)
+                if tensor is not None and tensor.shape[1:] == others and tensor.shape[0] > rows:
+                    shape = list(tensor.shape)
+                    wrong.append(f"{tensor.name} in {tensor.file} is {shape}, the model takes {[rows, *others]}")
+    if wrong:
+        raise LoadError(
+            f"{len(wrong)} float tensors are larger than the layers of the model, and vLLM would cut them off",
+            where=folder.path,
+            found=listing(wrong),
+            todo="check that config.json describes the model whose weights these are",
+        )
+
+
+def mark_unfilled(model: nn.Module) -> None:
+    """Fill what is about to be loaded with NaN."""
+    for layer in linear_layers(model).values():
+        for param in _float_parameters(layer).values():
+            param.data.fill_(math.nan)
+
+
+def unfilled(model: nn.Module, config: AscendQuantizationConfig) -> list[str]:
+    """The tensors of which nothing, or only NaN, came; by the members' names where they are known."""
+    names = []
+    for path, layer in linear_layers(model).items():
+        modules = config.layers[path].modules if path in config.layers else ()
+        for suffix, param in _float_parameters(layer).items():
+            empty = param.data.isnan().reshape(len(param), -1).any(dim=1)
+            sizes = _local_sizes(layer)
+            if not bool(empty.any()):
+                continue
+            if len(modules) == len(sizes) and sum(sizes) == len(empty):
+                parts = zip(modules, empty.split(sizes), strict=True)
+                names += [f"{module}.{suffix}" for module, part in parts if bool(part.any())]
+            else:
+                names.append(f"{path}.{suffix}")
+    return names
+
+
+def _local_sizes(layer: LinearBase) -> list[int]:
+    return cast(list[int], layer.output_partition_sizes)
+
+
+def _float_parameters(layer: LinearBase) -> dict[str, nn.Parameter]:
+    own = layer.named_parameters(recurse=False)
+    return {n: p for n, p in own if not isinstance(p, AscendParameter) and p.is_floating_point() and p.numel()}
