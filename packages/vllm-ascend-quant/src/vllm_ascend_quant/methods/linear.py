@@ -24,7 +24,7 @@ from quant_core import (
     require_scheme_class,
 )
 from quant_core.errors import listing
-from quant_core.schemes.params import layout_of
+from quant_core.schemes.params import layouts_of
 from quant_core.schemes.verify import check_values, linear_params
 from vllm_ascend_quant.parameter import AscendParameter, load_replicated, make_parameter
 
@@ -87,8 +87,7 @@ class AscendLinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         if not isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
             loader = load_replicated
-        for name, members in linear_params(scheme).items():
-            layout = layout_of(name, members, scheme.context)
+        for name, layout in layouts_of(linear_params(scheme), scheme.context).items():
             layer.register_parameter(name, make_parameter(layout, self.name, loader))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
