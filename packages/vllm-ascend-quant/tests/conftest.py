@@ -1,5 +1,6 @@
 """Real vLLM, in this process where possible: an engine then starts in seconds."""
 
+import functools
 import gc
 import importlib.util
 import json
@@ -25,12 +26,20 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
+@functools.cache
+def forget_imports() -> None:
+    """Take what is imported by now out of the garbage collection: vLLM collects at every load, a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextmanager
 def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
     """A vLLM engine in this process, shut down afterwards so that the next one can start."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    forget_imports()
     settings = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 512, "dtype": "float32"}
     llm = None
     try:
@@ -66,6 +75,7 @@ def loaded(folder: Path | str, **options: Any) -> Iterator[Any]:
     from vllm.model_executor.model_loader import get_model
 
     config = front(folder, **options)
+    forget_imports()
     with (
         tempfile.TemporaryDirectory() as rendezvous,
         pytest.MonkeyPatch.context() as patch,

@@ -1,6 +1,6 @@
 """What a scheme is told about the layer that it serves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,11 +69,21 @@ class Shard:
 
 @dataclass(frozen=True)
 class Partition:
-    """How a layer is cut over tensor-parallel ranks."""
+    """How a layer is cut over tensor-parallel ranks.
+
+    Attributes:
+        kind: which features are cut: output (column), input (row), none (replicated).
+        rank: this rank.
+        size: how many ranks there are.
+        max_over_ranks: element-wise maximum over the ranks of a row-parallel layer, if activations are to be quantised
+            as on one rank (*exact TP*). None: each rank quantises its slice by itself, as on an NPU.
+
+    """
 
     kind: Literal["column", "row", "replicated"] = "replicated"
     rank: int = 0
     size: int = 1
+    max_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def input_parts(self) -> int:

@@ -26,6 +26,7 @@ from quant_core import (
 from quant_core.errors import listing
 from quant_core.schemes.params import layouts_of
 from quant_core.schemes.verify import check_values, linear_params
+from vllm_ascend_quant.exact_tp import exact_tp_wanted, max_over_ranks
 from vllm_ascend_quant.parameter import AscendParameter, load_replicated, make_parameter
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def _one_module_per_member(quant: LayerQuant, query: LayerQuery) -> LayerQuant:
 
 def _partition(layer: LinearBase) -> Partition:
     if isinstance(layer, RowParallelLinear):
-        return Partition("row", layer.tp_rank, layer.tp_size)
+        exact = layer.tp_size > 1 and exact_tp_wanted()
+        return Partition("row", layer.tp_rank, layer.tp_size, max_over_ranks if exact else None)
     if isinstance(layer, ColumnParallelLinear):
         return Partition("column", layer.tp_rank, layer.tp_size)
     return Partition()

@@ -56,7 +56,7 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply."""
-        codes, x_scale = torch.ops.npu.npu_dynamic_quant(x.reshape(-1, x.shape[-1]))
+        codes, x_scale = self._quantise(x.reshape(-1, x.shape[-1]))
         y: Tensor = torch.ops.npu.npu_quant_matmul(
             codes,
             tensor_of(layer, "weight"),
@@ -66,6 +66,17 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
             output_dtype=x.dtype,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        max_over_ranks = self.context.partition.max_over_ranks
+        if max_over_ranks is None:
+            codes, scale = torch.ops.npu.npu_dynamic_quant(rows)
+            return codes, scale
+        # Each rank holds a slice of every token, and all must use the scale of the whole token. The smallest positive
+        # scale keeps a zero token from being divided by zero.
+        peak = max_over_ranks(rows.abs().amax(dim=-1).to(torch.float32))
+        scale = (peak / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.ops.npu.npu_quantize(rows, scale, None, torch.qint8, 0, True), scale
 
     def dequantize(self, layer: nn.Module) -> Tensor:
         """Weight times scale."""
