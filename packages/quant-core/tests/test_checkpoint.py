@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -203,9 +204,7 @@ def test_the_hugging_face_cache(sharded: Path, tmp_path: Path) -> None:
     assert "a link that leads nowhere?" in refused(snapshot)
 
 
-def test_locate_answers_for_paths_and_for_the_cache(
-    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_locate_answers_for_paths_and_for_the_cache(sharded: Path, tmp_path: Path) -> None:
     folder = CheckpointFolder.locate(str(sharded))
     assert folder is not None
     assert folder.path == sharded
@@ -220,6 +219,12 @@ def test_locate_answers_for_paths_and_for_the_cache(
     assert found is not None
     assert found.path == model / "snapshots" / ("0" * 40)
     assert CheckpointFolder.locate("org/name", revision="other", cache_dir=str(tmp_path / "hub")) is None
+
+
+def test_locate_without_huggingface_hub(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # what makes an import fail
+    assert CheckpointFolder.locate("org/name") is None
+    assert CheckpointFolder.locate(str(sharded)) is not None
 
 
 def test_a_file_name_that_is_no_unicode(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Real vLLM, in this process where possible: an engine then starts in seconds."""
 
-import functools
 import gc
 import importlib.util
 import json
@@ -26,20 +25,12 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
-@functools.cache
-def forget_imports() -> None:
-    """Take what is imported by now out of the garbage collection: vLLM collects at every load, a second each time."""
-    gc.collect()
-    gc.freeze()
-
-
 @contextmanager
 def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
     """A vLLM engine in this process, shut down afterwards so that the next one can start."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    forget_imports()
     settings = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 512, "dtype": "float32"}
     llm = None
     try:
@@ -68,14 +59,17 @@ def loaded(folder: Path | str, **options: Any) -> Iterator[Any]:
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
-        cleanup_dist_env_and_memory,
+        destroy_distributed_environment,
+        destroy_model_parallel,
         ensure_model_parallel_initialized,
         init_distributed_environment,
     )
     from vllm.model_executor.model_loader import get_model
 
     config = front(folder, **options)
-    forget_imports()
+    if gc.get_freeze_count() == 0:  # vLLM collects at every load, which takes a second with all that it imports
+        gc.collect()
+        gc.freeze()
     with (
         tempfile.TemporaryDirectory() as rendezvous,
         pytest.MonkeyPatch.context() as patch,
@@ -87,7 +81,8 @@ def loaded(folder: Path | str, **options: Any) -> Iterator[Any]:
             ensure_model_parallel_initialized(1, 1)
             yield get_model(vllm_config=config)
         finally:
-            cleanup_dist_env_and_memory()
+            destroy_model_parallel()
+            destroy_distributed_environment()
 
 
 def answers(llm: Any, prompts: list[list[int]], tokens: int = 16) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quant_core import Partition
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
 from quant_core.schemes.verify import linear_params
 
@@ -107,6 +108,39 @@ def test_a_quantised_layer_serves_the_float_one(workbench: Any, make: Any) -> No
     scheme, layer = workbench.serve(AscendW8A8DynamicLinearMethod, [plan.quantize(weight)])
     exact = x @ weight.t() + bias
     assert (scheme.apply(layer, x, bias) - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+def test_exact_tensor_parallel_quantises_as_one_rank(
+    make: Any, workbench: Any, tokens: int, dtype: torch.dtype, compile_afresh: Any
+) -> None:
+    """The ranks' slices differ a thousandfold in size, so that scales of their own would give something else."""
+    stored, size = make["W8A8_DYNAMIC"](24, INPUTS), 4
+    x = (torch.randn(tokens, INPUTS) * 10.0 ** torch.arange(size).repeat_interleave(INPUTS // size)).to(dtype)
+    x[2:3] = 0
+    scheme, layer = workbench.serve(AscendW8A8DynamicLinearMethod, [stored], dtype=dtype)
+    whole = scheme.apply(layer, x)
+    parts = x.chunk(size, -1)
+    peaks = torch.stack([part.abs().amax(-1).to(torch.float32) for part in parts])
+    outputs = []
+    for rank, part in enumerate(parts):
+        asked: list[Tensor] = []
+        partition = Partition("row", rank, size, lambda own, asked=asked: (asked.append(own), peaks.amax(0))[1])
+        scheme, layer = workbench.serve(AscendW8A8DynamicLinearMethod, [stored], dtype=dtype, partition=partition)
+        outputs.append(scheme.apply(layer, part, tp_rank=rank).to(torch.float32))
+        assert len(asked) == 1, "one reduction for each call"
+        assert torch.equal(asked[0], peaks[rank])
+    tolerance = torch.finfo(dtype).eps * size
+    torch.testing.assert_close(
+        sum(outputs), whole.to(torch.float32), rtol=tolerance, atol=whole.abs().sum().item() / 1e5
+    )
+    assert not sum(outputs)[2:3].any()
+
+    last = Partition("row", size - 1, size, lambda own: own * 2)
+    scheme, layer = workbench.serve(AscendW8A8DynamicLinearMethod, [stored], dtype=dtype, partition=last)
+    compiled = compile_afresh(lambda x: scheme.apply(layer, x), backend="aot_eager")
+    assert torch.equal(compiled(parts[-1]), scheme.apply(layer, parts[-1]))
 
 
 SHAPES = st.tuples(st.integers(1, 4), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 9))
