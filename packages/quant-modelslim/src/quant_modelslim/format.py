@@ -10,8 +10,6 @@ from quant_core import (
     LayerQuant,
     LayerQuery,
     QuantFormat,
-    StoredForm,
-    UnknownLayerError,
 )
 from quant_core.names import ModuleNames
 from quant_modelslim.description import FLOAT, NAME, PATTERN, WEIGHTS, Description
@@ -76,17 +74,6 @@ class ModelSlimFormat(QuantFormat):
         if quant_type == FLOAT:
             return LayerQuant(None, modules, evidence=evidence, reason=str(evidence[0]))
         return LayerQuant(quant_type, modules, self.stored_forms(modules), evidence)
-
-    def stored_form(self, module: str) -> StoredForm:
-        """What the files hold for one module.
-
-        Raises:
-            UnknownLayerError: if they hold nothing.
-
-        """
-        if module not in self.folder.modules:
-            raise UnknownLayerError(f"{module}: no weight file knows this module", where=self.folder.path)
-        return self.folder.modules[module]
 
     def _described(self, query: LayerQuery) -> tuple[str, ...]:
         """The modules of a layer that no file holds: those under which it would be described."""
