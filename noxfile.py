@@ -53,6 +53,7 @@ class Package:
     session: str
     needs: tuple[str, ...] = ()  # those of ours that it declares
     beside: tuple[str, ...] = ()  # those of ours that its tests need as well; all the rest must be absent
+    examples: tuple[str, ...] = ()  # packages of strangers that its tests need: folders of examples/
     vllm: bool = False  # whether its tests run with vLLM; without it, vLLM must be absent too
 
     @property
@@ -66,7 +67,14 @@ PACKAGES = (
     Package("quant-modelslim", "test-modelslim", ("quant-core",)),
     Package("quant-compressed-tensors", "test-compressed-tensors", ("quant-core",)),
     # Without quant-compressed-tensors: vLLM's own path for such checkpoints must then be untouched, and is tested.
-    Package("vllm-ascend-quant", "test-vllm", ("quant-core",), beside=("quant-modelslim",), vllm=True),
+    Package(
+        "vllm-ascend-quant",
+        "test-vllm",
+        ("quant-core",),
+        beside=("quant-modelslim",),
+        examples=("older_style_scheme",),
+        vllm=True,
+    ),
 )
 
 
@@ -164,11 +172,12 @@ def wheels(session: nox.Session) -> dict[str, Path]:
     if not BUILT:
         python, dist = build_environment(session), session.cache_dir.resolve() / "dist"
         shutil.rmtree(dist, ignore_errors=True)
-        for package in PACKAGES:
-            source = str(ROOT / "packages" / package.name)
-            command = [str(python), "-m", "build", "--no-isolation", "--outdir", str(dist), source]
+        sources = {package.name: ROOT / "packages" / package.name for package in PACKAGES}
+        sources |= {name: ROOT / "examples" / name for package in PACKAGES for name in package.examples}
+        for name, source in sources.items():
+            command = [str(python), "-m", "build", "--no-isolation", "--outdir", str(dist), str(source)]
             session.run(*command, silent=True, external=True)
-        BUILT.update({package.name: next(dist.glob(f"{package.module}-*.whl")) for package in PACKAGES})
+            BUILT[name] = next(dist.glob(f"{name.replace('-', '_')}-*.whl"))
     return BUILT
 
 
@@ -287,7 +296,7 @@ def test(session: nox.Session, package: Package) -> None:
     device, arguments = options(session)
     python = test_environment(session, package.vllm, device)
     names = (package.name, *package.needs, *package.beside)
-    install_wheels(session, python, names)
+    install_wheels(session, python, (*names, *package.examples))
     # A short path, not below .nox: vLLM makes sockets in it, whose names may have 107 characters.
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
         prove(session, python, names, package.vllm)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from quant_core import AscendLinearScheme, LayerContext, Partition, Shard, StoredForm, StoredTensor
 from quant_core.ops.cpu import int8_gemm
+from quant_core.schemes.handover import hand_over
 from quant_core.schemes.params import layouts_of, replace_parameter
-from quant_core.schemes.verify import linear_params
+from quant_core.schemes.verify import absent_params, linear_params
 
 # No deadline: the first example of a test pays for imports and for the threads of torch.
 settings.register_profile("quick", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -66,14 +67,15 @@ class Workbench:
     def load(self, scheme: AscendLinearScheme, members: Sequence[Stored]) -> nn.Module:
         """A layer that holds this rank's part of the stored tensors, every element of it written exactly once."""
         layer, partition = nn.Module(), scheme.context.partition
-        for name, layout in layouts_of(linear_params(scheme), scheme.context).items():
+        layouts = layouts_of(linear_params(scheme), scheme.context)
+        for name, layout in layouts.items():
             value, written = torch.zeros(layout.shape, dtype=layout.param.dtype), torch.zeros(layout.shape)
             for index, (member, param) in enumerate(zip(members, layout.members, strict=True)):
                 part = member[name]
-                assert (tuple(part.shape), part.dtype) == (param.shape, param.dtype), f"{name} is declared otherwise"
-                where = [slice(None)] * value.dim()
-                if layout.axis is not None:
-                    where[layout.axis] = layout.member(index)
+                assert tuple(part.shape) == param.shape, f"{name} is declared otherwise"
+                assert param.takes(part.dtype), f"{name} is declared otherwise"
+                where: list[Any] = [slice(None)] * value.dim()
+                where[layout.axis or 0] = index if layout.axis is None else layout.member(index)
                 if param.output_dim is not None and partition.kind == "column":
                     part = part.chunk(partition.size, param.output_dim)[partition.rank]
                 if param.input_dim is not None and partition.kind == "row":
@@ -82,6 +84,7 @@ class Workbench:
                 written[tuple(where)] += 1
             assert bool((written == 1).all()), f"{name}: the members do not fill it"
             replace_parameter(layer, name, value)
+        hand_over(layer, layouts.values(), layouts_of(absent_params(scheme), scheme.context).values())
         return layer
 
     def serve(

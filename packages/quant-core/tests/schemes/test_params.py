@@ -72,7 +72,7 @@ def test_the_ranks_parts_make_up_the_whole(sizes: dict[str, Any]) -> None:
                 if member.input_dim is not None and kind == "row":
                     part[member.input_dim] //= size
             if layout.param.shared:
-                assert (layout.axis, layout.shape) == (None, tuple(parts[0]))
+                assert (layout.axis, layout.shape) == (None, (len(parts), *parts[0]))
                 continue
             axis = 0 if layout.param.output_dim is None else layout.param.output_dim
             assert layout.axis == axis

@@ -74,26 +74,27 @@ class AscendParameter(BasevLLMParameter):
         return [i for i in range(len(self.plan.members)) if i not in self.filled]
 
     def parts(self) -> list[torch.Tensor]:
-        """What each member loaded; one part if they share a tensor."""
+        """What each member loaded."""
         if self.plan.axis is None:
-            return [self.data]
+            return list(self.data)
         parts = [self.plan.member(i) for i in range(len(self.plan.members))]
         return [self.data.narrow(self.plan.axis, part.start, part.stop - part.start) for part in parts]
 
     def _load(self, member: int, loaded: torch.Tensor, output_part: int) -> None:
         layout, param = self.plan, self.plan.members[member]
-        if loaded.dim() == 0:
+        if loaded.dim() == 0 and param.shape:
             loaded = loaded.reshape(1)
-        if tuple(loaded.shape) != param.shape or loaded.dtype != param.dtype:
+        if tuple(loaded.shape) != param.shape or not param.takes(loaded.dtype):
             raise LoadError(
                 f"{self.owner}: {layout.name} of member {member} does not fit",
                 found=f"{loaded.dtype} {list(loaded.shape)}",
                 expected=f"{param.dtype} {list(param.shape)}",
                 todo="load weights of the type and size that the model was started with",
             )
-        target = self.data
-        if layout.axis is not None:
-            part = layout.member(member)
+        if layout.axis is None:
+            target = self.data[member]
+        else:
+            target, part = self.data, layout.member(member)
             size = part.stop - part.start
             target = target.narrow(layout.axis, part.start, size)
             if param.output_dim is not None:
@@ -106,13 +107,13 @@ class AscendParameter(BasevLLMParameter):
 
 
 class AscendPerTensorParameter(AscendParameter, PerTensorScaleParameter):
-    """The same for one value per member: vLLM repeats it for each member of a module that was fused on disk."""
+    """The same for what has no output features: vLLM repeats it for each member of a module that was fused on disk."""
 
 
 def make_parameter(layout: ParamLayout, owner: str, weight_loader: Callable[..., None]) -> AscendParameter:
     """The parameter for a layout."""
-    per_member = layout.param.output_dim is None and not layout.param.shared
-    return (AscendPerTensorParameter if per_member else AscendParameter)(layout, owner, weight_loader)
+    kind = AscendPerTensorParameter if layout.param.output_dim is None else AscendParameter
+    return kind(layout, owner, weight_loader)
 
 
 def load_replicated(param: AscendParameter, loaded_weight: torch.Tensor, shard_id: int | None = None) -> None:

@@ -31,13 +31,15 @@ Packages announce such a module in the entry-point group `quant_core.schemes`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from quant_core.devices import DEVICES, current_device
-from quant_core.schemes.context import LayerContext, StoredForm
+from quant_core.schemes.context import LayerContext, Shard, StoredForm
+from quant_core.schemes.hooks import call_hook
 from quant_core.schemes.params import Param
 
 
@@ -106,20 +108,36 @@ class AscendLinearScheme(Scheme):
         return {}
 
     def params(self, input_size: int, output_size: int) -> dict[str, Param]:
-        """Everything that is stored for one checkpoint module of this size."""
+        """Everything that the hooks declare for one checkpoint module of this size."""
         dtype = self.context.params_dtype
+        calls: tuple[tuple[Callable[..., Mapping[str, Any]], tuple[Any, ...]], ...] = (
+            (self.get_weight, (input_size, output_size, dtype)),
+            (self.get_pertensor_param, (dtype,)),
+            (self.get_perchannel_param, (output_size, dtype)),
+            (self.get_pergroup_param, (input_size, output_size, dtype)),
+        )
+        sizes, row_parallel = (input_size, output_size), self.context.partition.kind == "row"
         return {
-            **self.get_weight(input_size, output_size, dtype),
-            **self.get_pertensor_param(dtype),
-            **self.get_perchannel_param(output_size, dtype),
-            **self.get_pergroup_param(input_size, output_size, dtype),
+            name: param
+            for hook, arguments in calls
+            for name, param in call_hook(hook, arguments, sizes, row_parallel).items()
         }
 
     @classmethod
     def stored_sizes(cls, form: StoredForm) -> tuple[int, int] | None:
-        """(input, output) features of a stored module, None if the shapes do not tell. Packed types override this."""
-        shape = form.shape("weight", ())
-        return (shape[1], shape[0]) if len(shape) == 2 else None
+        """(input, output) features of a stored module, None if the shapes do not tell.
+
+        They follow from how much smaller than the layer `get_weight` declares a packed weight.
+        """
+        features = 1 << 16  # a multiple of whatever a weight is packed by
+        shard = Shard(form.module, features, features)
+        scheme = cls.create(LayerContext(form.module, "linear", (shard,), features, torch.bfloat16, (form,)))
+        arguments = (features, features, torch.bfloat16)
+        for name, param in call_hook(scheme.get_weight, arguments, (features, features), False).items():
+            shape, out, into = form.shape(name, ()), param.output_dim, param.input_dim
+            if out is not None and into is not None and len(shape) == len(param.shape):
+                return shape[into] * features // param.shape[into], shape[out] * features // param.shape[out]
+        return None
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:

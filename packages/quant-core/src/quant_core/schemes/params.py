@@ -29,10 +29,12 @@ class Param:
         input_dim: axis that follows the input features, if any.
         output_step: output features per index of `output_dim` (2 for int4 pairs).
         input_step: input features per index of `input_dim` (the group size for a group's scale).
-        shared: all members of a fused layer store the same tensor. Without it, a parameter that has no `output_dim`
-            has one entry per member, concatenated on axis 0.
+        shared: all members of a fused layer store the same tensor, and the scheme is handed one of them. Without it, a
+            parameter that has no `output_dim` has one entry per member, concatenated on axis 0.
         check: judges loaded values; not asked for dummy weights.
         dummy: the value that `load_format="dummy"` fills in, where a random one would make no sense.
+        plain: declared by a tensor (hooks.py): the files may hold another floating dtype, which is converted, or no
+            such tensor, for which the scheme is handed zeros.
 
     """
 
@@ -45,6 +47,15 @@ class Param:
     shared: bool = False
     check: ValueCheck | None = None
     dummy: float | None = None
+    plain: bool = False
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether a tensor of this dtype can be loaded."""
+        if not self.plain or dtype == self.dtype:
+            return dtype == self.dtype
+        # Not FP8, which are codes as int8 is, nor bits held in an integer; a zero point is a number in any dtype.
+        numbers = [t.is_floating_point and t.itemsize > 1 for t in (dtype, self.dtype)]
+        return all(numbers) or (self.shared and any(numbers) and torch.int8 in (dtype, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,8 @@ class ParamLayout:
         name: its canonical suffix.
         members: the declaration of each member, uncut.
         shape: the local, fused shape to allocate.
-        axis: the axis along which members lie one after the other; None if they share one tensor.
+        axis: the axis along which members lie one after the other; None if they share one tensor, whose copies are then
+            stacked on a new first axis: an engine counts what it loads.
         offsets: where each member starts on `axis`, and last the end of all.
         input_parts: into how many parts `input_dim` is cut.
 
@@ -114,7 +126,7 @@ def _layout(
     if first.input_dim is not None:
         shape[first.input_dim] //= parts
     if first.shared:
-        return ParamLayout(name, tuple(members), tuple(shape), None, (0,), parts)
+        return ParamLayout(name, tuple(members), (len(members), *shape), None, (0,), parts)
     if first.output_dim is None:
         axis = 0
         shape = shape or [1]  # a scalar becomes an entry

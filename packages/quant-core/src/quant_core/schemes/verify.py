@@ -17,12 +17,27 @@ LAYER_OWNED = frozenset({"bias"})
 
 
 def linear_params(scheme: AscendLinearScheme) -> dict[str, tuple[Param, ...]]:
-    """The declarations of every member of a linear layer, by suffix.
+    """The declarations of what is loaded for every member of a linear layer, by suffix.
 
     Raises:
         LoadError: if the members of a fused layer store different things.
 
     """
+    form = scheme.context.form
+    return {name: params for name, params in _declared(scheme).items() if not _lacks(form, name, params[0])}
+
+
+def absent_params(scheme: AscendLinearScheme) -> dict[str, tuple[Param, ...]]:
+    """Plain declarations (`Param.plain`) of what the files lack, which the scheme is handed as zeros."""
+    form = scheme.context.form
+    return {name: params for name, params in _declared(scheme).items() if _lacks(form, name, params[0])}
+
+
+def _lacks(form: StoredForm, name: str, param: Param) -> bool:
+    return bool(form) and param.plain and not form.has(name)
+
+
+def _declared(scheme: AscendLinearScheme) -> dict[str, tuple[Param, ...]]:
     context = scheme.context
     members = [scheme.params(context.input_size, shard.output_size) for shard in context.shards]
     names = dict.fromkeys(name for member in members for name in member)
@@ -70,8 +85,9 @@ def stored_problems(form: StoredForm, declared: dict[str, Param]) -> Iterable[st
     for suffix, param in declared.items():
         tensor = form.tensors.get(suffix)
         if tensor is None:
-            yield f"{form.module}.{suffix} is absent, expected {_form(param.shape, param.dtype)}"
-        elif (tensor.shape, tensor.dtype) != (param.shape, param.dtype):
+            if not param.plain:
+                yield f"{form.module}.{suffix} is absent, expected {_form(param.shape, param.dtype)}"
+        elif tensor.shape != param.shape or not param.takes(tensor.dtype):
             yield (
                 f"{tensor.name} in {tensor.file} is {_form(tensor.shape, tensor.dtype)}, "
                 f"expected {_form(param.shape, param.dtype)}"

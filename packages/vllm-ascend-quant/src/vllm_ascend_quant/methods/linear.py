@@ -24,8 +24,9 @@ from quant_core import (
     require_scheme_class,
 )
 from quant_core.errors import listing
+from quant_core.schemes.handover import check_shared, hand_over
 from quant_core.schemes.params import layouts_of
-from quant_core.schemes.verify import check_values, linear_params
+from quant_core.schemes.verify import absent_params, check_values, linear_params
 from vllm_ascend_quant.exact_tp import exact_tp_wanted, max_over_ranks
 from vllm_ascend_quant.parameter import AscendParameter, load_replicated, make_parameter
 
@@ -90,6 +91,9 @@ class AscendLinearMethod(LinearMethodBase):
             loader = load_replicated
         for name, layout in layouts_of(linear_params(scheme), scheme.context).items():
             layer.register_parameter(name, make_parameter(layout, self.name, loader))
+        self._absent = layouts_of(absent_params(scheme), scheme.context)
+        # Schemes written for vllm-ascend remember sizes that a hook was given: those of the whole layer on this rank.
+        scheme.params(input_size_per_partition, sum(output_partition_sizes))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that everything was loaded and makes sense, then let the scheme build its run-time form.
@@ -103,6 +107,7 @@ class AscendLinearMethod(LinearMethodBase):
             self._check(layer)
         for param in stored.values():
             param.filled.clear()
+        hand_over(layer, [param.plan for param in stored.values()], self._absent.values())
         self.quant_method.process_weights_after_loading(layer)
 
     def missing(self, layer: nn.Module) -> list[str]:
@@ -124,7 +129,9 @@ class AscendLinearMethod(LinearMethodBase):
             )
         context = self.quant_method.context
         for name, param in _stored(layer).items():
-            for shard, part in zip(context.shards, param.parts(), strict=False):  # a shared tensor is one part
+            if param.plan.axis is None:
+                check_shared(context, name, param.data)
+            for shard, part in zip(context.shards, param.parts(), strict=True):
                 check_values(replace(context, shards=(shard,)), name, param.plan.param, part)
 
 
