@@ -24,6 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+SETTINGS = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 512, "dtype": "float32"}
+
 
 @contextmanager
 def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
@@ -31,10 +33,9 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    settings = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 512, "dtype": "float32"}
     llm = None
     try:
-        llm = LLM(str(folder), **{**settings, **options})
+        llm = LLM(str(folder), **{**SETTINGS, **options})
         yield llm
     finally:
         if llm is not None:
@@ -87,10 +88,19 @@ def loaded(folder: Path | str, **options: Any) -> Iterator[Any]:
 
 def answers(llm: Any, prompts: list[list[int]], tokens: int = 16) -> list[dict[str, Any]]:
     """Prompt and greedy log-probabilities in the form that compare.py reads."""
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling(tokens), use_tqdm=False)
+    return in_form(prompts, outputs)
+
+
+def sampling(tokens: int = 16) -> Any:
+    """Greedy, with the log-probabilities of prompt and answer."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, prompt_logprobs=0, logprobs=0, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    return SamplingParams(temperature=0, max_tokens=tokens, prompt_logprobs=0, logprobs=0, ignore_eos=True)
+
+
+def in_form(prompts: list[list[int]], outputs: Any) -> list[dict[str, Any]]:
+    """vLLM's outputs in the form that compare.py reads."""
     results = []
     for ids, output in zip(prompts, outputs, strict=True):
         generated = output.outputs[0]
