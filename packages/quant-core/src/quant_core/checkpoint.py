@@ -45,7 +45,12 @@ class CheckpointFolder:
         except ImportError:
             return None
         try:
-            return cls(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
+            # What vLLM leaves out, such as a README, may be missing; what an index names is missed when it is read.
+            return cls(
+                snapshot_download(
+                    model, revision=revision, cache_dir=cache_dir, local_files_only=True, ignore_patterns="*"
+                )
+            )
         except (OSError, ValueError, HFValidationError):
             return None
 
@@ -82,7 +87,7 @@ class CheckpointFolder:
             CheckpointError: if it cannot be read, or holds no object.
 
         """
-        if not os.path.lexists(self.path / "config.json"):  # a link that leads nowhere is there
+        if not self.files("config.json"):
             return {}
         config = self.read_json("config.json")
         if not isinstance(config, dict):

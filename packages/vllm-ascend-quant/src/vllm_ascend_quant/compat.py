@@ -75,6 +75,8 @@ ADDED_METHODS = "vllm.model_executor.layers.quantization:_CUSTOMIZED_METHOD_TO_Q
 
 #: The functions of vLLM that are wrapped, for lack of a hook; see hooks.py.
 CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
+CREATE_ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
+GET_QUANT_CONFIG = "vllm.model_executor.model_loader.weight_utils:get_quant_config"
 INITIALIZE_MODEL = "vllm.model_executor.model_loader.base_loader:initialize_model"
 PROCESS_WEIGHTS = "vllm.model_executor.model_loader.base_loader:process_weights_after_loading"
 FINALIZE_RELOAD = "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing"

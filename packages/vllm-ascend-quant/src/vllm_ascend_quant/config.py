@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from quant_core import (
     CheckpointFolder,
@@ -24,6 +25,7 @@ from quant_core import (
 )
 from quant_core.names import ModuleNames
 from vllm_ascend_quant.compat import map_name
+from vllm_ascend_quant.methods.embedding import AscendEmbeddingMethod
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 
 logger = init_logger("vllm.ascend_quant")
@@ -36,6 +38,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         format_name: the QuantFormat's name.
         format: the checkpoint, once `maybe_update_config` has read it.
         layers: what was decided about each layer of the built model, by module path.
+        source: gets the model's folder, downloading it if it must; hooks.py sets it, `maybe_update_config` uses it.
         dummy: whether weights are made up (`load_format="dummy"`), so that their values mean nothing.
 
     """
@@ -46,6 +49,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         super().__init__()  # type: ignore[no-untyped-call]
         self.format: QuantFormat | None = None
         self.layers: dict[str, LayerQuant] = {}
+        self.source: Callable[[], CheckpointFolder] | None = None
         self.dummy = False
         self._mappers: list[Any] = []
         self._names: ModuleNames | None = None
@@ -91,13 +95,14 @@ class AscendQuantizationConfig(QuantizationConfig):
         return method if user_quant == method and hf_quant_cfg.get("quant_method") in (None, "", method) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Read and check the folder; vLLM calls this in the front process, where a user sees the error.
+        """Read and check the files; vLLM calls this in the front process, where a user sees the error.
 
         Raises:
             QuantError: everything that can be said without the model.
 
         """
-        folder = CheckpointFolder.locate(model_name, revision=revision)
+        source, self.source = self.source, None  # workers get what was read, not how
+        folder = source() if source else CheckpointFolder.locate(model_name, revision=revision)
         if folder is None:
             raise LoadError(
                 f"{model_name} is neither a folder nor in this machine's Hugging Face cache",
@@ -121,17 +126,20 @@ class AscendQuantizationConfig(QuantizationConfig):
             QuantError: if the layer is resolved, but cannot be served.
 
         """
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             return None
         try:
             quant = self.resolve(prefix, self.find(prefix, self.packed_modules_mapping))
         except LayerResolutionError:
-            return UnquantizedLinearMethod()
-        return self.linear_method(prefix, quant)
+            return self.method(layer, prefix, None)
+        return self.method(layer, prefix, quant)
 
-    def linear_method(self, name: str, quant: LayerQuant) -> QuantizeMethodBase:
-        """The method for an answer of the format."""
-        return UnquantizedLinearMethod() if quant.quant_type is None else AscendLinearMethod(self, name, quant)
+    def method(self, layer: nn.Module, name: str, quant: LayerQuant | None) -> QuantizeMethodBase:
+        """The method for an answer of the format about a linear or vocabulary layer."""
+        vocabulary = isinstance(layer, VocabParallelEmbedding)
+        if quant is None or quant.quant_type is None:
+            return UnquantizedEmbeddingMethod() if vocabulary else UnquantizedLinearMethod()
+        return (AscendEmbeddingMethod if vocabulary else AscendLinearMethod)(self, name, quant)
 
     def resolve(self, name: str, modules: tuple[str, ...]) -> LayerQuant:
         """The format's answer about checkpoint modules; raises as QuantFormat.layer_quant."""
@@ -164,7 +172,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         """One line per kind of layer."""
         kinds = Counter(quant.quant_type or "FLOAT" for quant in self.layers.values())
         for quant_type, count in sorted(kinds.items()):
-            logger.info("%s: %d linear layers %s", self.get_name(), count, quant_type)
+            logger.info("%s: %d layers %s", self.get_name(), count, quant_type)
 
     def _rename(self, module: str) -> str | None:
         """A checkpoint's module name as vLLM's."""

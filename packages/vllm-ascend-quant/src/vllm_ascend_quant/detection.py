@@ -1,30 +1,32 @@
-"""Choosing the quantisation method from the folder, before vLLM builds its configuration."""
+"""Choosing the quantisation method from the files of a model, before vLLM builds its configuration."""
 
 from typing import Any
 
-from quant_core import CheckpointError, CheckpointFolder, Detection, list_formats
+from quant_core import CheckpointError, Detection, list_formats
+from vllm_ascend_quant import hub
 
 
 def choose_method(engine_args: Any) -> None:
-    """Set `quantization` of the engine arguments if a format recognises the folder; contradict a wrong value.
+    """Set `quantization` of the engine arguments if a format recognises the model; contradict a wrong value.
 
     Raises:
-        CheckpointError: if another method was asked for than the folder's, by argument or by config.json, or a method
-            of ours for a folder that is not in its format.
+        CheckpointError: if another method was asked for than the model's, by argument or by config.json, or a method
+            of ours for a model that is not in its format.
 
     """
-    folder = CheckpointFolder.locate(
-        str(engine_args.model), revision=engine_args.revision, cache_dir=engine_args.download_dir
-    )
+    folder = hub.look_up(engine_args)
     if folder is None:
         return
     formats = list_formats()
     asked = engine_args.quantization
-    found = [d for d in (fmt.detect(folder) for fmt in formats.values()) if d is not None]
+    try:
+        found = [d for d in (fmt.detect(folder) for fmt in formats.values()) if d is not None]
+    except hub.UnreachableError:
+        return
     if not found:
         for quant_format in formats.values():
             if quant_format.vllm_name == asked:
-                quant_format.load(folder)  # says what is wrong with the folder
+                quant_format.load(folder)  # says what is wrong with the files
         return
     if len(found) > 1:
         raise CheckpointError(

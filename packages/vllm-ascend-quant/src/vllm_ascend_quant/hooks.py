@@ -3,7 +3,9 @@
 Each wrapper does one thing, passes everything else through, and can be switched off by naming it in the environment
 variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed for every vLLM that compat.py supports:
 
-    detect   recognise a folder without --quantization; contradict a wrong one (EngineArgs.create_model_config)
+    named    say what is wrong with a name of a model, if --quantization is one of ours (create_engine_config)
+    detect   recognise a model without --quantization; contradict a wrong one (EngineArgs.create_model_config)
+    download fetch a model of ours where vLLM would, before it is checked (get_quant_config)
     built    decide by module paths once the model exists (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
     reloaded see that a reload left nothing out (finalize_layerwise_processing)
@@ -18,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from vllm_ascend_quant import compat, detection
+from quant_core import list_formats
+from vllm_ascend_quant import compat, detection, hub
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.explaining import building
 from vllm_ascend_quant.loading import check_loaded, check_reloaded, config_of, watch_loading
@@ -58,6 +61,23 @@ def _detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs
     return original(engine_args, *args, **kwargs)
 
 
+def _named(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return original(engine_args, *args, **kwargs)
+    except OSError as error:
+        ours = {quant_format.vllm_name for quant_format in list_formats().values()}
+        if engine_args.quantization not in ours or os.path.exists(engine_args.model):
+            raise
+        raise hub.unknown(engine_args.model, engine_args.revision, error) from error
+
+
+def _download(original: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
+    config = original(model_config, load_config)
+    if isinstance(config, AscendQuantizationConfig):
+        config.source = functools.partial(hub.download, model_config, load_config)
+    return config
+
+
 def _built(original: Callable[..., nn.Module], vllm_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
     config = vllm_config.quant_config
     with building(config):
@@ -88,7 +108,9 @@ def _reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwa
 
 
 _HOOKS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "named": (compat.CREATE_ENGINE_CONFIG, _named),
     "detect": (compat.CREATE_MODEL_CONFIG, _detect),
+    "download": (compat.GET_QUANT_CONFIG, _download),
     "built": (compat.INITIALIZE_MODEL, _built),
     "loaded": (compat.PROCESS_WEIGHTS, _loaded),
     "reloaded": (compat.FINALIZE_RELOAD, _reloaded),

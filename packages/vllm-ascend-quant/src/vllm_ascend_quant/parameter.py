@@ -20,6 +20,7 @@ class AscendParameter(BasevLLMParameter):
         owner: the layer's name, for messages.
         filled: the members that were loaded. Shared by vLLM's shallow copies of the parameter, which is wanted:
             a reload loads through copies. It never steers copying.
+        vocabulary: the checkpoint's rows that this rank holds of a vocabulary layer: first, and end.
 
     """
 
@@ -34,6 +35,7 @@ class AscendParameter(BasevLLMParameter):
         self.plan = layout
         self.owner = owner
         self.filled: set[int] = set()
+        self.vocabulary = (0, 0)
         if layout.param.dummy is not None:
             self.dummy_weight_value = layout.param.dummy
 
@@ -69,6 +71,20 @@ class AscendParameter(BasevLLMParameter):
         member = _QKV[shard_id] if isinstance(shard_id, str) else int(shard_id)
         self._load(member, loaded_weight, self.tp_rank if member == 0 else self.tp_rank // kwargs.get("num_heads", 1))
 
+    def load_vocabulary_weight(self, loaded_weight: torch.Tensor) -> None:
+        """This rank's rows of a vocabulary, padded with what dummy weights get."""
+        self._fits(0, loaded_weight)
+        axis = self.plan.param.output_dim
+        if axis is None:
+            self._load(0, loaded_weight, 0)
+            return
+        (first, end), step, size = self.vocabulary, self.plan.param.output_step, self.shape[axis]
+        rows = loaded_weight.narrow(axis, first // step, (end - first) // step)
+        filled = rows.shape[axis]
+        self.data.narrow(axis, 0, filled).copy_(rows)
+        self.data.narrow(axis, filled, size - filled).fill_(self.plan.param.dummy or 0)
+        self.filled.add(0)
+
     def missing(self) -> list[int]:
         """Members that were not loaded."""
         return [i for i in range(len(self.plan.members)) if i not in self.filled]
@@ -84,13 +100,7 @@ class AscendParameter(BasevLLMParameter):
         layout, param = self.plan, self.plan.members[member]
         if loaded.dim() == 0 and param.shape:
             loaded = loaded.reshape(1)
-        if tuple(loaded.shape) != param.shape or not param.takes(loaded.dtype):
-            raise LoadError(
-                f"{self.owner}: {layout.name} of member {member} does not fit",
-                found=f"{loaded.dtype} {list(loaded.shape)}",
-                expected=f"{param.dtype} {list(param.shape)}",
-                todo="load weights of the type and size that the model was started with",
-            )
+        self._fits(member, loaded)
         if layout.axis is None:
             target = self.data[member]
         else:
@@ -104,6 +114,16 @@ class AscendParameter(BasevLLMParameter):
             loaded = loaded.narrow(param.input_dim, self.tp_rank * size, size)
         target.copy_(loaded)
         self.filled.add(member)
+
+    def _fits(self, member: int, loaded: torch.Tensor) -> None:
+        param = self.plan.members[member]
+        if tuple(loaded.shape) != param.shape or not param.takes(loaded.dtype):
+            raise LoadError(
+                f"{self.owner}: {self.plan.name} of member {member} does not fit",
+                found=f"{loaded.dtype} {list(loaded.shape)}",
+                expected=f"{param.dtype} {list(param.shape)}",
+                todo="load weights of the type and size that the model was started with",
+            )
 
 
 class AscendPerTensorParameter(AscendParameter, PerTensorScaleParameter):
@@ -119,3 +139,8 @@ def make_parameter(layout: ParamLayout, owner: str, weight_loader: Callable[...,
 def load_replicated(param: AscendParameter, loaded_weight: torch.Tensor, shard_id: int | None = None) -> None:
     """Weight loader for replicated layers, whose own would go past the parameter's methods."""
     param.load_replicated_weight(loaded_weight, shard_id)
+
+
+def load_vocabulary(param: AscendParameter, loaded_weight: torch.Tensor) -> None:
+    """Weight loader for vocabulary layers, for the same reason."""
+    param.load_vocabulary_weight(loaded_weight)

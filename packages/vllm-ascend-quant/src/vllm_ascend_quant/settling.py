@@ -12,11 +12,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from quant_core import LayerQuant, LayerResolutionError, UnknownLayerError
+from quant_core import LayerQuant, LayerResolutionError, LimitError, UnknownLayerError
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
-from vllm_ascend_quant.methods.linear import AscendLinearMethod
+from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
 from vllm_ascend_quant.naming import ModelPaths
 from vllm_ascend_quant.probing import ask_loader
 
@@ -59,8 +59,7 @@ def settle_layers(model: nn.Module, config: AscendQuantizationConfig) -> Settlem
             config.layers[path] = quant
             remade |= _apply_decision(path, layer, quant, config)
         elif isinstance(layer, VocabParallelEmbedding):
-            for path in places:
-                config.refuse_quantised(path, "embedding", paths.stored_at.get(path, ()))
+            remade |= _settle_vocabulary(layer, places, paths, config)
         elif isinstance(layer, compat.expert_layer_class()):
             experts |= {compat.expert_prefix(layer, path): path for path in places}
     for prefix, stored in paths.below(experts).items():
@@ -98,6 +97,37 @@ def _decide(
     return path, quant
 
 
+def _settle_vocabulary(
+    layer: VocabParallelEmbedding, places: list[str], paths: ModelPaths, config: AscendQuantizationConfig
+) -> bool:
+    """Whether a head or an embedding was made again. Those that the checkpoint lacks are float, or tied."""
+    remade = False
+    for path in places:
+        modules = paths.stored_at.get(path, ())
+        try:
+            quant = config.resolve(path, modules) if modules else None
+        except UnknownLayerError:
+            quant = None
+        if quant is None:
+            continue  # not described, or tied
+        if quant.quant_type is not None and len(places) > 1:
+            raise _tied(path, places)
+        config.layers[path] = quant
+        remade |= _apply_decision(path, layer, quant, config)
+    if stored_parameters(layer) and not isinstance(layer.quant_method, AscendLinearMethod):
+        raise _tied(places[0], [places[0], "an embedding"])
+    return remade
+
+
+def _tied(path: str, layers: list[str]) -> LimitError:
+    return LimitError(
+        f"{path}: the model ties it to another layer, and their weight is quantised",
+        found=f"one weight for {listing(layers)}",
+        expected="a float weight, or one of its own for each",
+        todo="leave the embedding in float, or save the head beside it and set tie_word_embeddings to false",
+    )
+
+
 def _modules_by_hint(layer: LinearBase, config: AscendQuantizationConfig) -> tuple[str, ...]:
     """For loaders that rename by code of their own: to most likely the name that vLLM gave while building."""
     try:
@@ -109,7 +139,9 @@ def _modules_by_hint(layer: LinearBase, config: AscendQuantizationConfig) -> tup
     return modules
 
 
-def _apply_decision(path: str, layer: LinearBase, quant: LayerQuant, config: AscendQuantizationConfig) -> bool:
+def _apply_decision(
+    path: str, layer: LinearBase | VocabParallelEmbedding, quant: LayerQuant, config: AscendQuantizationConfig
+) -> bool:
     method = layer.quant_method
     if isinstance(method, AscendLinearMethod):
         method.name = path
@@ -121,7 +153,7 @@ def _apply_decision(path: str, layer: LinearBase, quant: LayerQuant, config: Asc
     for name in list(layer._parameters):
         if name != "bias":
             delattr(layer, name)
-    layer.quant_method = config.linear_method(path, quant)
+    layer.quant_method = config.method(layer, path, quant)
     layer.quant_method.create_weights(
         layer,
         getattr(layer, "input_size_per_partition", layer.input_size),
@@ -131,7 +163,7 @@ def _apply_decision(path: str, layer: LinearBase, quant: LayerQuant, config: Asc
         layer.params_dtype,
         weight_loader=getattr(layer, "weight_loader_v2", layer.weight_loader),
     )
-    layer.update_param_tp_status()
+    layer.update_param_tp_status()  # type: ignore[no-untyped-call]
     return True
 
 

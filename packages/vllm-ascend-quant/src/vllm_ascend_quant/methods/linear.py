@@ -1,5 +1,6 @@
 """Linear layers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,6 @@ class AscendLinearMethod(LinearMethodBase):
 
         """
         assert isinstance(layer, LinearBase)
-        assert self.config.format is not None
         query = LayerQuery(
             name=self.name,
             input_size=input_size,
@@ -77,23 +77,39 @@ class AscendLinearMethod(LinearMethodBase):
             partition=_partition(layer),
             has_bias=layer.has_bias,
         )
-        scheme = self.config.format.create_scheme(query, _one_module_per_member(self.quant, query))
-        assert isinstance(scheme, AscendLinearScheme)
+        scheme = self.make_scheme(query)
         if scheme.folds_bias and layer.has_bias and layer.skip_bias_add:
             raise LimitError(
                 f"{self.name}: this layer hands its bias to the model, but {self.quant.quant_type} stores it inside "
                 "the weights, so it would be added twice",
                 todo="quantise this layer with a type that keeps the bias apart",
             )
-        self.quant_method = scheme
         loader = extra_weight_attrs["weight_loader"]
         if not isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
             loader = load_replicated
-        for name, layout in layouts_of(linear_params(scheme), scheme.context).items():
-            layer.register_parameter(name, make_parameter(layout, self.name, loader))
-        self._absent = layouts_of(absent_params(scheme), scheme.context)
+        self.add_parameters(layer, loader)
         # Schemes written for vllm-ascend remember sizes that a hook was given: those of the whole layer on this rank.
         scheme.params(input_size_per_partition, sum(output_partition_sizes))
+
+    def make_scheme(self, query: LayerQuery) -> AscendLinearScheme:
+        """The scheme for the layer, kept in `quant_method`; raises as QuantFormat.create_scheme."""
+        assert self.config.format is not None
+        scheme = self.config.format.create_scheme(query, _one_module_per_member(self.quant, query))
+        assert isinstance(scheme, AscendLinearScheme)
+        self.quant_method = scheme
+        return scheme
+
+    def add_parameters(self, layer: nn.Module, loader: Callable[..., None]) -> None:
+        """Register what the scheme stores.
+
+        Raises:
+            LimitError: for sizes that cannot be cut.
+
+        """
+        scheme = self.quant_method
+        self._absent = layouts_of(absent_params(scheme), scheme.context)
+        for name, layout in layouts_of(linear_params(scheme), scheme.context).items():
+            layer.register_parameter(name, make_parameter(layout, self.name, loader))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that everything was loaded and makes sense, then let the scheme build its run-time form.
@@ -102,18 +118,22 @@ class AscendLinearMethod(LinearMethodBase):
             LoadError: names what was not loaded, or values that cannot be used.
 
         """
-        stored = _stored(layer)
+        stored = stored_parameters(layer)
         if not self.config.dummy or any(param.filled for param in stored.values()):
             self._check(layer)
         for param in stored.values():
             param.filled.clear()
-        hand_over(layer, [param.plan for param in stored.values()], self._absent.values())
+        self.make_run_time_form(layer)
+
+    def make_run_time_form(self, layer: nn.Module) -> None:
+        """Let the scheme process what was loaded."""
+        hand_over(layer, [param.plan for param in stored_parameters(layer).values()], self._absent.values())
         self.quant_method.process_weights_after_loading(layer)
 
     def missing(self, layer: nn.Module) -> list[str]:
         """The stored tensors that were not loaded since the layer was last processed."""
         shards = self.quant_method.context.shards
-        return [f"{shards[i].name}.{name}" for name, param in _stored(layer).items() for i in param.missing()]
+        return [f"{shards[i].name}.{name}" for name, param in stored_parameters(layer).items() for i in param.missing()]
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The scheme's output."""
@@ -128,14 +148,15 @@ class AscendLinearMethod(LinearMethodBase):
                 todo="the weights that were sent lack these tensors: check the files, or the iterator of a reload",
             )
         context = self.quant_method.context
-        for name, param in _stored(layer).items():
+        for name, param in stored_parameters(layer).items():
             if param.plan.axis is None:
                 check_shared(context, name, param.data)
             for shard, part in zip(context.shards, param.parts(), strict=True):
                 check_values(replace(context, shards=(shard,)), name, param.plan.param, part)
 
 
-def _stored(layer: nn.Module) -> dict[str, AscendParameter]:
+def stored_parameters(layer: nn.Module) -> dict[str, AscendParameter]:
+    """The parameters of a layer that are in their stored form."""
     return {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, AscendParameter)}
 
 

@@ -3,18 +3,27 @@
 A fast int8 product is wrong on some processors: without VNNI, oneDNN multiplies u8 by s8 in pairs that saturate at 16
 bits, silently (operators.md, section 4). On others it is right but a plain loop, many times slower than float32. So
 each candidate is tried once per process on the values that would saturate, and the fastest of those that are right
-serves.
+serves: which one that is depends on the number of rows.
 """
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-# 2^24 / 128^2: so many products of int8 values add up exactly in float32.
-_EXACT_CHUNK = 1024
+#: [m, k] int8 times [k, n] int8 as int32 sums [m, n].
+Product = Callable[[Tensor, Tensor], Tensor]
+
+# Sums of integers are exact in float32 up to here.
+_EXACT = 2**24
+# So many products of int8 values add up to less in any case.
+_CHUNK = _EXACT // 128**2
+# float32 values of the weight that are made at a time, 4 MB: enough for a fast product, and they stay in the cache.
+_BLOCK = 2**20
+# Rows that are multiplied at a time: the sums of a block then stay in the cache.
+_ROWS = 256
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -22,24 +31,61 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b)
 
 
-def float32_chunks(a: Tensor, b: Tensor) -> Tensor:
-    """Float32 products over chunks of k that are short enough to be exact, added up in int32. Right everywhere."""
-    k = a.shape[-1]
-    total = (a[:, :_EXACT_CHUNK].to(torch.float32) @ b[:_EXACT_CHUNK].to(torch.float32)).to(torch.int32)
-    for start in range(_EXACT_CHUNK, k, _EXACT_CHUNK):
-        stop = start + _EXACT_CHUNK
-        total += (a[:, start:stop].to(torch.float32) @ b[start:stop].to(torch.float32)).to(torch.int32)
-    return total
+def int_mm_swapped(a: Tensor, b: Tensor) -> Tensor:
+    """The same as (bᵀ aᵀ)ᵀ: oneDNN rearranges its second operand at each call, and here that is the smaller one."""
+    return torch._int_mm(b.t(), a.t()).t().contiguous()
+
+
+def float32_blocks(a: Tensor, b: Tensor) -> Tensor:
+    """Float32 products of parts that are small enough for the cache and for exact sums. Right everywhere."""
+    sums = torch.empty(a.shape[0], b.shape[1], dtype=torch.int32)
+    for start in range(0, a.shape[0], _ROWS):
+        _float32_rows(a[start : start + _ROWS], b, sums[start : start + _ROWS])
+    return sums
+
+
+def _float32_rows(a: Tensor, b: Tensor, sums: Tensor) -> None:
+    k, n = b.shape
+    rows = a.to(torch.float32)
+    spans = list(_exact_spans(rows))
+    width = min(n, max(64, _BLOCK // k))
+    # One buffer for all blocks: fresh memory costs more than the conversion. The weight comes first in the product,
+    # which is twice as fast for few rows.
+    floats = torch.empty_like(b[:, :width].t(), dtype=torch.float32)
+    product = torch.empty(width, a.shape[0])
+    for start in range(0, n, width):
+        block = b[:, start : start + width].t()
+        size = block.shape[0]
+        weight, part, total = floats[:size].copy_(block), product[:size], sums[:, start : start + size]
+        for index, (low, high) in enumerate(spans):
+            torch.mm(weight[:, low:high], rows[:, low:high].t(), out=part)
+            if index == 0:
+                total.copy_(part.t())
+            else:
+                total += part.t().to(torch.int32)
+
+
+def _exact_spans(rows: Tensor) -> Iterator[tuple[int, int]]:
+    """Cuts of k between which all sums are exact, the fewer the smaller the activations [m, k] are."""
+    k, start = rows.shape[1], 0
+    magnitude = torch.zeros(rows.shape[0])
+    for low in range(0, k, _CHUNK):
+        added = rows[:, low : low + _CHUNK].abs().sum(dim=1)
+        magnitude = magnitude + added
+        if low > start and magnitude.max().item() * 128 > _EXACT:
+            yield start, low
+            start, magnitude = low, added
+    yield start, k
 
 
 #: The last one is right everywhere and needs no probe.
-CANDIDATES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (int_mm, float32_chunks)
+CANDIDATES: tuple[Product, ...] = (int_mm, int_mm_swapped, float32_blocks)
 
 
-def refusal(candidate: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+def refusal(candidate: Product) -> str | None:
     """Why this candidate cannot serve here, None if it can."""
     # One row and many, a whole block of k and one with a rest: kernels differ in where they are wrong.
-    for rows, k in ((1, 256), (32, 256), (32, 251), (1, 3)):
+    for rows, k in ((1, 256), (5, 256), (32, 256), (32, 251), (1, 3)):
         a, b = _extremes(rows, k)
         try:
             got = candidate(a, b)
@@ -63,36 +109,47 @@ def _extremes(rows: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def milliseconds(candidate: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """What a small product takes: the best of several times, since other processes get in between."""
-    a, b = torch.ones(16, 512, dtype=torch.int8), torch.ones(256, 512, dtype=torch.int8).t()
-    times = []
-    for _ in range(8):
+def milliseconds(candidate: Product, rows: int) -> float:
+    """What so many rows take with a small weight: the best of several times, since other processes get in between."""
+    a, b = torch.ones(rows, 1024, dtype=torch.int8), torch.ones(1024, 1024, dtype=torch.int8).t()
+    times: list[float] = []
+    while len(times) < 12 and sum(times) < 0.02:  # a plain loop takes longer than that for many rows
         start = time.perf_counter()
         candidate(a, b)
         times.append(time.perf_counter() - start)
     return min(times) * 1e3
 
 
-@functools.cache
-def choose() -> Callable[[Tensor, Tensor], Tensor]:
+#: Numbers of rows at which candidates are compared; others go with the nearest one below.
+SAMPLES = (1, 16, 256)
+
+
+def choose(rows: int) -> Product:
     """The fastest candidate that is right on this processor. All that are right give the same sums."""
-    right = [c for c in CANDIDATES if c is float32_chunks or refusal(c) is None]
-    return right[0] if len(right) == 1 else min(right, key=milliseconds)
+    return _fastest(max(sample for sample in SAMPLES if sample <= rows))
+
+
+@functools.cache
+def _fastest(rows: int) -> Product:
+    right = _right()
+    return right[0] if len(right) == 1 else min(right, key=lambda candidate: milliseconds(candidate, rows))
+
+
+@functools.cache
+def _right() -> tuple[Product, ...]:
+    return tuple(candidate for candidate in CANDIDATES if candidate is float32_blocks or refusal(candidate) is None)
 
 
 def report() -> dict[str, str]:
-    """Each candidate and what was found: `serves`, how fast it is against the chosen one, or why it cannot."""
-    chosen = choose()
+    """Each candidate and what was found: for how many rows it serves and how fast it is, or why it cannot."""
 
-    def verdict(candidate: Callable[[Tensor, Tensor], Tensor]) -> str:
-        if candidate is chosen:
-            return "serves"
-        reason = refusal(candidate)
-        if reason is not None:
-            return reason
-        taken, best = milliseconds(candidate), milliseconds(chosen)
-        return f"right, but takes {taken:.2f} ms where the chosen one takes {best:.2f}"
+    def verdict(candidate: Product) -> str:
+        if candidate not in _right():
+            return str(refusal(candidate))
+        serves = [f"from {rows}" for rows in SAMPLES if _fastest(rows) is candidate]
+        taken = ", ".join(f"{milliseconds(candidate, rows):.2f}" for rows in SAMPLES)
+        what = f"serves ({', '.join(serves)} rows)" if serves else "right, but slower"
+        return f"{what}: {taken} ms for {', '.join(map(str, SAMPLES))} rows"
 
     return {candidate.__name__: verdict(candidate) for candidate in CANDIDATES}
 
@@ -101,4 +158,4 @@ def int8_gemm(a: Tensor, b: Tensor) -> Tensor:
     """[m, k] int8 times [k, n] int8 as exact int32 sums (which wrap beyond 2^31, as on the device)."""
     if 0 in (a.shape[0], *b.shape):
         return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32)
-    return choose()(a, b)
+    return choose(a.shape[0])(a, b)

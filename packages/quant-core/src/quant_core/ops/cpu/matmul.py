@@ -7,6 +7,9 @@ from quant_core.ops.cpu.int8_gemm import int8_gemm
 from quant_core.ops.cpu.quantize import fp19, saturated
 from quant_core.ops.dtypes import dtype_of
 
+# Rows whose sums are scaled at a time.
+_ROWS = 64
+
 _TARGETS = (torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -63,21 +66,39 @@ def npu_quant_matmul(
         raise ValueError(f"npu_quant_matmul: an output in {target} does not use {', '.join(unused)}")
     sums = _batched_gemm(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
-        sums = sums + bias
+        sums += bias
         bias = None
     if target == torch.int32:
         return sums
     if target == torch.int8:
         return _to_int8(sums, scale, offset)
-    values = sums.to(torch.float32)
-    if pertoken_scale is not None:
-        values = values * _plain(scale) * pertoken_scale[:, None]
-    else:
-        # The matmul unit itself scales a float16 result, with 19-bit scales; bfloat16 is scaled in float32.
-        values = values * (fp19(scale) if target == torch.float16 else _plain(scale))
+    # The matmul unit itself scales a float16 result, with 19-bit scales; bfloat16 is scaled in float32.
+    columns = fp19(scale) if target == torch.float16 and pertoken_scale is None else _plain(scale)
+    return _scaled(sums, columns, pertoken_scale, bias, target)
+
+
+def _scaled(sums: Tensor, columns: Tensor, rows: Tensor | None, bias: Tensor | None, target: torch.dtype) -> Tensor:
+    """int32 sums [..., m, n] times `columns`, times `rows` [m], plus bias, in float32; by blocks that stay cached."""
     if bias is not None:
-        values = values + bias.to(torch.float32)
-    return values.to(target)
+        bias = bias.to(torch.float32)
+    count = sums.shape[-2]
+    if count <= _ROWS:  # decoding, where each further call of torch counts
+        return _scaled_block(sums, columns, rows, bias).to(target)
+    result = torch.empty(sums.shape, dtype=target)
+    for start in range(0, count, _ROWS):
+        block = slice(start, start + _ROWS)
+        scales = None if rows is None else rows[block]
+        result[..., block, :] = _scaled_block(sums[..., block, :], columns, scales, bias)
+    return result
+
+
+def _scaled_block(sums: Tensor, columns: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+    values = sums * columns
+    if rows is not None:
+        values *= rows[:, None]
+    if bias is not None:
+        values += bias
+    return values
 
 
 def _unused(

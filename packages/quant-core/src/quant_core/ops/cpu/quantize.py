@@ -4,6 +4,8 @@ Arithmetic is float32 whatever the input; rounding is to nearest, ties to even; 
 in torch would wrap (operators.md, sections 2 and 5).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from quant_core.ops.dtypes import dtype_of
 
 _RANGES = {torch.qint8: (-128, 127, torch.int8), torch.quint8: (0, 255, torch.uint8)}
 
-# Rows per block: the intermediate float32 values of a block then stay in the cache.
+# Rows that are quantised at a time: their float32 values stay in the cache.
 _ROWS = 128
 
 
@@ -40,11 +42,14 @@ def npu_quantize(
     low, high, carrier = _RANGES[target]
     scale = _along(scales, input, axis)
     zero_point = None if zero_points is None else _along(zero_points, input, axis)
-    values = input.to(torch.float32).contiguous()
-    values = values / scale if div_mode else values * scale
-    if zero_point is not None:
-        values = values + zero_point
-    return saturated(values, low, high).to(carrier)
+    codes = torch.empty(input.shape, dtype=carrier)
+    for rows in _blocks(input):
+        values = input[rows].to(torch.float32)
+        values = values / _part(scale, rows) if div_mode else values * _part(scale, rows)
+        if zero_point is not None:
+            values += _part(zero_point, rows)
+        codes[rows] = saturated(values, low, high)
+    return codes
 
 
 def npu_dynamic_quant(
@@ -83,18 +88,37 @@ def npu_dynamic_quant(
         )
     if dst_type is not None and dtype_of(dst_type) not in (torch.int8, torch.qint8):
         raise NotImplementedError(f"npu_dynamic_quant: the CPU kernel has no dst_type {dst_type}")
-    rows = input.flatten(0, -2)
-    codes = torch.empty(rows.shape, dtype=torch.int8)
-    scales = torch.empty(rows.shape[0], dtype=torch.float32)
-    for start in range(0, rows.shape[0], _ROWS):
-        block = rows[start : start + _ROWS].to(torch.float32)
-        if smooth_scales is not None:
-            block = block * smooth_scales.to(torch.float32)
-        scale = block.abs().amax(dim=-1) / 127
-        # A zero row divides by 0: its NaN become the code 0.
-        codes[start : start + _ROWS] = saturated(block / scale[:, None]).to(torch.int8)
-        scales[start : start + _ROWS] = scale
+    rows = input.flatten(0, -2).contiguous()
+    if rows.shape[0] <= _ROWS:  # decoding, where each further call of torch counts
+        codes, scales = _per_token(rows, smooth_scales)
+    else:
+        codes, scales = torch.empty(rows.shape, dtype=torch.int8), torch.empty(rows.shape[0], dtype=torch.float32)
+        for block in _blocks(rows):
+            codes[block], scales[block] = _per_token(rows[block], smooth_scales)
     return codes.view(input.shape), scales.view(input.shape[:-1])
+
+
+def _per_token(rows: Tensor, smooth_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    values = rows.to(torch.float32)
+    if smooth_scales is not None:
+        values = values * smooth_scales.to(torch.float32)
+    scale = values.abs().amax(dim=-1).div_(127)
+    # A zero row divides by 0: its NaN become the code 0.
+    return saturated(values / scale[:, None]).to(torch.int8), scale
+
+
+def _blocks(values: Tensor) -> Iterator[slice]:
+    """The first axis of a matrix in parts; anything else whole."""
+    if values.dim() != 2:
+        yield slice(None)
+        return
+    for start in range(0, values.shape[0], _ROWS):
+        yield slice(start, start + _ROWS)
+
+
+def _part(values: Tensor, rows: slice) -> Tensor:
+    """The scales of some rows; those that all rows share as they are."""
+    return values[rows] if values.dim() and values.shape[0] > 1 else values
 
 
 def saturated(values: Tensor, low: int = -128, high: int = 127) -> Tensor:

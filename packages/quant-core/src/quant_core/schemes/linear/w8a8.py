@@ -112,8 +112,10 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
 
     def dequantize(self, layer: nn.Module) -> Tensor:
         """Weight times deq_scale / input_scale."""
-        counts = torch.tensor([shard.local_output_size for shard in self.context.shards])
-        input_scale = float_values(layer.get_parameter("input_scale")).repeat_interleave(counts)
+        input_scale = float_values(layer.get_parameter("input_scale"))
+        if len(input_scale) > 1:
+            counts = torch.tensor([shard.local_output_size for shard in self.context.shards])
+            input_scale = input_scale.repeat_interleave(counts)
         scale = float_values(layer.get_parameter("deq_scale")) / input_scale
         return layer.get_parameter("weight").to(torch.float32) * scale[:, None]
 

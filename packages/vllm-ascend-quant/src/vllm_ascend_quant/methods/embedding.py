@@ -1,0 +1,85 @@
+"""Vocabulary layers: a quantised `lm_head` multiplies as a linear layer, a quantised embedding looks rows up."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from quant_core import AscendLinearScheme, LayerQuery, LimitError, Partition
+from quant_core.schemes.handover import hand_over
+from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
+from vllm_ascend_quant.parameter import load_vocabulary
+
+
+class AscendEmbeddingMethod(AscendLinearMethod):
+    """Serves a vocabulary layer with the type's linear scheme.
+
+    vLLM pads the vocabulary and cuts it over the ranks; the rows beyond the checkpoint's are made up.
+    """
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """As AscendLinearMethod.create_weights; a LimitError too if a row cannot be looked up by itself."""
+        assert isinstance(layer, VocabParallelEmbedding)
+        query = LayerQuery(
+            name=self.name,
+            input_size=input_size,
+            output_sizes=(layer.org_vocab_size,),
+            local_output_sizes=tuple(output_partition_sizes),
+            params_dtype=params_dtype,
+            partition=Partition("column", layer.tp_rank, layer.tp_size),
+            has_bias=getattr(layer, "has_bias", False),
+        )
+        self.make_scheme(query)
+        self.add_parameters(layer, load_vocabulary)
+        for param in stored_parameters(layer).values():
+            param.vocabulary = (layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index)
+        if not isinstance(layer, ParallelLMHead):
+            self._check_rows(layer)
+
+    def _check_rows(self, layer: nn.Module) -> None:
+        packed = [name for name, param in stored_parameters(layer).items() if param.plan.param.output_step > 1]
+        plain = type(self.quant_method).dequantize is AscendLinearScheme.dequantize
+        if packed or plain:
+            raise LimitError(
+                f"{self.name}: the rows of an embedding cannot be looked up in {self.quant.quant_type}",
+                found=f"several rows in one of {', '.join(packed)}" if packed else "a scheme without dequantize",
+                todo="leave the embedding in float, or quantise it with a type that stores each row by itself",
+            )
+
+    def make_run_time_form(self, layer: nn.Module) -> None:
+        """A head is a linear layer; an embedding keeps what is stored, of which single rows are dequantised."""
+        if isinstance(layer, ParallelLMHead):
+            super().make_run_time_form(layer)
+            return
+        stored = stored_parameters(layer)
+        self._axes = {name: param.plan.param.output_dim for name, param in stored.items()}
+        hand_over(layer, [param.plan for param in stored.values()], ())
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        """The rows of the tokens [...], dequantised: [..., embedding size] in the model's dtype."""
+        assert isinstance(layer, VocabParallelEmbedding)
+        rows = Rows()
+        for name, axis in self._axes.items():
+            value = layer.get_parameter(name)
+            setattr(rows, name, value if axis is None else value.index_select(axis, input_.flatten()))
+        values = self.quant_method.dequantize(rows)  # type: ignore[arg-type]
+        return values.to(self.quant_method.context.params_dtype).view(*input_.shape, layer.embedding_dim)
+
+
+class Rows:
+    """Some rows of a layer's stored parameters, as attributes, in the place of the layer."""
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The rows of one parameter."""
+        found: Tensor = getattr(self, name)
+        return found

@@ -1,0 +1,147 @@
+"""Quantised `lm_head` and embeddings, beside a float model with the same numbers."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quant_core import LimitError, LoadError
+from quant_modelslim.writer import write_checkpoint
+from vllm_ascend_quant.methods.embedding import AscendEmbeddingMethod
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
+import architectures
+import ranks
+
+#: Not a multiple of what vLLM pads vocabularies to.
+VOCABULARY = 500
+PROMPTS = [[1, *range(20, 60)], [1, *range(300, 320), 499]]
+SETTINGS = {"skip_tokenizer_init": True, "max_model_len": 128}
+WEIGHTS = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+def make(folder: Path, quant_type: str, **config: Any) -> tuple[Path, Path]:
+    """A checkpoint whose head and embedding are quantised, and a float one whose weights are their dequantised ones."""
+    model = architectures.build(
+        architectures.Architecture("qwen3", "Qwen3ForCausalLM", {"vocab_size": VOCABULARY, **config})
+    )
+    model.save_pretrained(folder / "float")
+    quantised = {name.removesuffix(".weight") for name in WEIGHTS}
+    write_checkpoint(
+        folder / "quant",
+        model.state_dict(),
+        lambda module, _: quant_type if module in quantised else "FLOAT",
+        files_from=folder / "float",
+    )
+    (file,) = (folder / "quant").glob("*.safetensors")
+    stored = load_file(file)
+    (weights,) = (folder / "float").glob("*.safetensors")
+    tensors = load_file(weights)
+    for name in WEIGHTS:
+        tensors[name] = stored[name].float() * stored[name.replace("weight", "weight_scale")]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder / "quant", folder / "float"
+
+
+def logprobs(answers: list[dict[str, Any]]) -> Any:
+    """Those of all prompts and answers, in one array."""
+    return np.concatenate([one["prompt_logprobs"] + one["generated_logprobs"] for one in answers])
+
+
+def test_head_and_embedding_have_their_numbers(
+    tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any]
+) -> None:
+    """Weight-only, so that the float model computes the same; in eager mode, after a reload, and on two ranks."""
+    quantised, plain = make(tmp_path, "W8A16")
+    with start_engine(plain, **SETTINGS) as llm:
+        expected = logprobs(ask(llm, PROMPTS))
+    with start_engine(quantised, **SETTINGS) as llm:
+        model = llm.llm_engine.model_executor.driver_worker.get_model()
+        for layer in (model.lm_head, model.model.embed_tokens):
+            assert isinstance(layer.quant_method, AscendEmbeddingMethod)
+            assert {p.dtype for p in layer.parameters()} == {torch.int8, torch.float32}
+        found = logprobs(ask(llm, PROMPTS))
+        llm.collective_rpc("reload_weights")
+        reloaded = logprobs(ask(llm, PROMPTS))
+    two = ranks.Engine(quantised, PROMPTS, tensor_parallel_size=2, enforce_eager=False, **SETTINGS).answers()
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.array_equal(reloaded, found)
+    assert np.abs(logprobs(two) - expected).max() < 1e-4
+
+
+def test_a_head_that_quantises_its_activations(tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    """`lm_head` is a linear layer of its type, padded with rows whose logits are zero."""
+    quantised, plain = make(tmp_path, "W8A8_DYNAMIC")
+    with load_model(quantised, **SETTINGS) as model:
+        x = torch.randn(5, model.config.hidden_size)
+        head = model.lm_head
+        found = head.quant_method.apply(head, x)
+    assert found.shape[1] % 64 == 0
+    assert torch.equal(found[:, VOCABULARY:], torch.zeros(5, found.shape[1] - VOCABULARY))
+    (file,) = plain.glob("*.safetensors")
+    scale = x.double().abs().amax(1, keepdim=True) / 127
+    expected = (x.double() / scale).round() * scale @ load_file(file)["lm_head.weight"].double().t()
+    torch.testing.assert_close(found[:, :VOCABULARY].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def tie(folder: Path, head: bool) -> None:
+    """Let config.json tie the head to the embedding, with or without a head of its own in the files."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    if not head:
+        (weights,) = folder.glob("*.safetensors")
+        kept = {k: v for k, v in load_file(weights).items() if not k.startswith("lm_head")}
+        save_file(kept, weights, metadata={"format": "pt"})
+        description = folder / "quant_model_description.json"
+        types = {k: v for k, v in json.loads(description.read_text()).items() if not k.startswith("lm_head")}
+        description.write_text(json.dumps(types))
+
+
+def test_a_head_of_its_own_in_a_tied_model(tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    """vLLM unties what the checkpoint stores twice."""
+    quantised, _ = make(tmp_path, "W8A16")
+    tie(quantised, head=True)
+    with load_model(quantised, **SETTINGS) as model:
+        assert model.lm_head is not model.model.embed_tokens
+        assert isinstance(model.lm_head.quant_method, AscendEmbeddingMethod)
+
+
+def test_a_head_tied_to_a_quantised_embedding(tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    """Rows to look up and a matrix to multiply with are two forms of one weight: refused."""
+    quantised, _ = make(tmp_path, "W8A16")
+    tie(quantised, head=False)
+    with pytest.raises(LimitError, match="their weight is quantised"), load_model(quantised, **SETTINGS):
+        pass
+
+
+def test_a_vocabulary_of_another_size(tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    quantised, _ = make(tmp_path, "W8A16")
+    file = quantised / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": VOCABULARY + 4}))
+    message = rf"{VOCABULARY}, 128.*{VOCABULARY + 4}, 128"
+    with pytest.raises(LoadError, match=message), load_model(quantised, **SETTINGS):
+        pass
+
+
+def rows(layer: Any, ids: Tensor) -> Tensor:
+    """What an embedding answers."""
+    found: Tensor = layer.quant_method.embedding(layer, ids)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_embedding_in_every_shape_of_ids(dtype: str, tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    quantised, plain = make(tmp_path, "W8A8_DYNAMIC")
+    (file,) = plain.glob("*.safetensors")
+    expected = load_file(file)["model.embed_tokens.weight"].to(getattr(torch, dtype))
+    with load_model(quantised, dtype=dtype, **SETTINGS) as model:
+        layer = model.model.embed_tokens
+        for ids in (torch.tensor([3, 499, 3]), torch.zeros(0, dtype=torch.long), torch.tensor([[0, 1], [7, 2]])):
+            assert torch.equal(rows(layer, ids), expected[ids])
