@@ -32,6 +32,7 @@ from quant_core.checkpoint import CheckpointFolder
 from quant_core.errors import LimitError, LoadError, RegistrationError, UnsupportedSchemeError
 from quant_core.queries import Detection, Evidence, LayerQuant, LayerQuery
 from quant_core.schemes.base import AscendLinearScheme, Scheme
+from quant_core.schemes.composed import compose, reasons_against
 from quant_core.schemes.context import LayerContext, Shard, StoredForm
 from quant_core.schemes.registry import load_announced, origin, require_scheme_class
 from quant_core.schemes.verify import verify_stored
@@ -115,14 +116,14 @@ class QuantFormat(ABC):
         where = "; ".join(str(evidence) for evidence in quant.evidence[:3])
         scheme_class = require_scheme_class(quant.quant_type, query.layer_type, where=f"{query.name} ({where})")
         context = layer_context(query, quant, scheme_class)
-        reasons = scheme_class.can_serve(context)
+        reasons = reasons_against(scheme_class, context)
         if reasons:
             raise UnsupportedSchemeError(
                 f"{query.name}: the type {quant.quant_type} cannot be served here",
                 where=where,
                 found="; ".join(reasons),
             )
-        scheme = scheme_class.create(context)
+        scheme = compose(scheme_class, context)
         if isinstance(scheme, AscendLinearScheme):
             verify_stored(scheme)
         return scheme

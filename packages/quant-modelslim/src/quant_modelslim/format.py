@@ -9,12 +9,13 @@ from quant_core import (
     Evidence,
     LayerQuant,
     LayerQuery,
+    PlannedFolder,
     QuantFormat,
 )
 from quant_core.names import ModuleNames
 from quant_modelslim.description import FLOAT, NAME, PATTERN, WEIGHTS, Description
 from quant_modelslim.resolve import agreed_type, module_type, unknown
-from quant_modelslim.validate import validate
+from quant_modelslim.validate import plan, validate
 
 
 class ModelSlimFormat(QuantFormat):
@@ -49,7 +50,10 @@ class ModelSlimFormat(QuantFormat):
 
         """
         description = Description.read(folder)
-        validate(folder, description)
+        if isinstance(folder, PlannedFolder):
+            plan(folder, description)
+        else:
+            validate(folder, description)
         return cls(folder, description)
 
     def layer_quant(self, query: LayerQuery) -> LayerQuant:

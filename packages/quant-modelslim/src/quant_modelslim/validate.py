@@ -9,6 +9,7 @@ from quant_core import (
     CheckpointError,
     CheckpointFolder,
     LoadError,
+    PlannedFolder,
     QuantError,
     StoredForm,
     UnsupportedSchemeError,
@@ -18,6 +19,7 @@ from quant_core import (
 from quant_core.errors import listing
 from quant_core.formats import LayerQuant, LayerQuery, layer_context
 from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.composed import compose, reasons_against
 from quant_core.schemes.registry import LAYER_TYPES
 from quant_core.schemes.verify import verify_stored
 from quant_modelslim.description import ATTENTION_TYPE, FLOAT, Description
@@ -53,6 +55,25 @@ def validate(folder: CheckpointFolder, description: Description) -> None:
         )
     _check_modules(folder, description)
     _check_forms(folder.modules, description)
+
+
+def plan(folder: PlannedFolder, description: Description) -> None:
+    """Take the modules from the description, where there are no weights to compare it with.
+
+    Raises:
+        UnsupportedSchemeError: lists the layers of each type that nobody registered.
+        CheckpointError: if the description does not tell what would be stored.
+
+    """
+    _check_types(description)
+    if description.keys.group_size:
+        raise CheckpointError(
+            f"{folder.path} has no weights, and {description.file} does not tell which scales are stored",
+            found=f"group_size {description.keys.group_size}, which holds for some of the types only",
+            expected="types with one scale per channel",
+            todo="put the weight files into the folder; their headers suffice, values are not read",
+        )
+    folder.plan(dict.fromkeys(key.rpartition(".")[0] for key in description.types))
 
 
 def _check_types(description: Description) -> None:
@@ -165,10 +186,10 @@ def _check_form(form: StoredForm, quant_type: str) -> None:
         return  # known for another layer type, which the engine decides
     quant = LayerQuant(quant_type, (form.module,), (form,))
     context = layer_context(LayerQuery(form.module), quant, scheme_class)
-    reasons = scheme_class.can_serve(context)
+    reasons = reasons_against(scheme_class, context)
     if reasons:
         raise UnsupportedSchemeError(f"{form.module}: the type {quant_type} cannot be served", found="; ".join(reasons))
-    scheme = scheme_class.create(context)
+    scheme = compose(scheme_class, context)
     if isinstance(scheme, AscendLinearScheme):
         verify_stored(scheme)
 

@@ -9,11 +9,14 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     built    decide by module paths once the model exists (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
     reloaded see that a reload left nothing out (finalize_layerwise_processing)
+    saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
+    restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
 (The name `precedence` switches off what precedence.py does.)
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +24,11 @@ from typing import Any
 from torch import nn
 
 from quant_core import list_formats
-from vllm_ascend_quant import compat, detection, hub
+from vllm_ascend_quant import compat, detection, hub, load_formats, saved_state
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.explaining import building
 from vllm_ascend_quant.loading import check_loaded, check_reloaded, config_of, watch_loading
+from vllm_ascend_quant.norms import add_norm_biases
 from vllm_ascend_quant.settling import settle_layers
 
 DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
@@ -42,7 +46,9 @@ def install() -> None:
         owner, attribute = compat.module_level(path)
         original = getattr(owner, attribute)
         if enabled(name) and getattr(original, _MARK, None) != name:
-            setattr(owner, attribute, _wrapped(original, wrapper, name))
+            function = _wrapped(original, wrapper, name)
+            static = isinstance(inspect.getattr_static(owner, attribute), staticmethod)
+            setattr(owner, attribute, staticmethod(function) if static else function)
 
 
 def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -58,6 +64,8 @@ def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any], name: st
 
 def _detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     detection.choose_method(engine_args)
+    ours = {quant_format.vllm_name for quant_format in list_formats().values()}
+    load_formats.check(engine_args.load_format, engine_args.quantization in ours, engine_args.model)
     return original(engine_args, *args, **kwargs)
 
 
@@ -74,7 +82,7 @@ def _named(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs:
 def _download(original: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
     config = original(model_config, load_config)
     if isinstance(config, AscendQuantizationConfig):
-        config.source = functools.partial(hub.download, model_config, load_config)
+        config.source = functools.partial(load_formats.open_folder, model_config, load_config)
     return config
 
 
@@ -83,9 +91,10 @@ def _built(original: Callable[..., nn.Module], vllm_config: Any, *args: Any, **k
     with building(config):
         model = original(vllm_config, *args, **kwargs)
     if isinstance(config, AscendQuantizationConfig):
-        config.dummy = vllm_config.load_config.load_format == "dummy"
+        config.dummy = not load_formats.values_are_read(vllm_config.load_config.load_format)
         settlement = settle_layers(model, config)
-        if settlement.remade:
+        biased = add_norm_biases(model, config, settlement.paths)
+        if settlement.remade or biased:
             compat.record_for_reload(model)
         watch_loading(model, config, settlement.paths, vllm_config.model_config)
     return model
@@ -107,6 +116,23 @@ def _reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwa
     return original(model, *args, **kwargs)
 
 
+def _saved(original: Callable[..., None], model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:
+    config = config_of(model)
+    save = functools.partial(original, model, path, *args, **kwargs)
+    if config is None:
+        save()
+    else:
+        saved_state.save(save, config, model, path)
+
+
+def _restored(original: Callable[..., None], loader: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    load = functools.partial(original, loader, model, *args, **kwargs)
+    if config_of(model) is None:
+        load()
+    else:
+        saved_state.load(load, loader, model)
+
+
 _HOOKS: dict[str, tuple[str, Callable[..., Any]]] = {
     "named": (compat.CREATE_ENGINE_CONFIG, _named),
     "detect": (compat.CREATE_MODEL_CONFIG, _detect),
@@ -114,4 +140,6 @@ _HOOKS: dict[str, tuple[str, Callable[..., Any]]] = {
     "built": (compat.INITIALIZE_MODEL, _built),
     "loaded": (compat.PROCESS_WEIGHTS, _loaded),
     "reloaded": (compat.FINALIZE_RELOAD, _reloaded),
+    "saved": (compat.SAVE_STATE, _saved),
+    "restored": (compat.LOAD_STATE, _restored),
 }

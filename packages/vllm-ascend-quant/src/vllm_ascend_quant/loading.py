@@ -170,7 +170,7 @@ def check_biases(model: nn.Module, loading: Loading) -> None:
     lost = []
     for module, places in loading.biases.items():
         there = [modules[path] for path in places if path in modules]
-        if there and all(getattr(layer, "bias", None) is None for layer in there):
+        if there and not any(_takes_bias(layer) for layer in there):
             lost.append(f"{module}.bias")
     if lost:
         folder = loading.config.format.folder if loading.config.format else None
@@ -178,9 +178,16 @@ def check_biases(model: nn.Module, loading: Loading) -> None:
             f"the model has no place for {len(lost)} bias tensors of the checkpoint: {listing(lost)}",
             where=folder.path if folder else None,
             expected="modules with a bias; leaving these tensors out would change every result",
-            todo="biases of norms and of layers that the architecture has without come from msModelSlim's anti-outlier "
-            "methods m1, m2 and m4, which are not served yet: quantise with another method",
+            todo="biases of layers that the architecture has without come from msModelSlim's anti-outlier methods m1, "
+            "m2 and m4: quantise with another method, or these layers as W8A8, which keeps its bias elsewhere",
         )
+
+
+def _takes_bias(layer: nn.Module) -> bool:
+    """Whether a bias that is stored for a layer has an effect: as its parameter, or inside what else is stored."""
+    method = getattr(layer, "quant_method", None)
+    folded = isinstance(method, AscendLinearMethod) and method.quant_method.folds_bias
+    return folded or getattr(layer, "bias", None) is not None
 
 
 def _bias_places(config: AscendQuantizationConfig, paths: ModelPaths) -> dict[str, list[str]]:

@@ -28,3 +28,12 @@ def symmetric_scale(weight: Tensor, maximum: int = 127) -> Tensor:
 def int8_codes(weight: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
     """rint(w / scale + offset), saturated to int8."""
     return (weight.to(torch.float32) / scale + offset).round().clamp(-128, 127).to(torch.int8)
+
+
+def symmetric(weight: Tensor, groups: int) -> dict[str, Tensor]:
+    """The stored tensors of a weight [out, in] by the symmetric rule, in groups of input features; offsets are zero."""
+    rows = weight.reshape(weight.shape[0] * groups, -1)
+    row_scale = symmetric_scale(rows)
+    scale = row_scale.view(weight.shape[0], groups)
+    codes = int8_codes(rows, row_scale).view(weight.shape)
+    return {"weight": codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}

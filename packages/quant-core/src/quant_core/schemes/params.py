@@ -203,6 +203,11 @@ def integral_int8(stored: torch.Tensor) -> str | None:
     return _described(values, bad, "whole numbers from -128 to 127")
 
 
+def int4(stored: torch.Tensor) -> str | None:
+    """ValueCheck of int4 codes in a wider dtype: from -8 to 7."""
+    return _described(stored, (stored < -8) | (stored > 7), "int4 values from -8 to 7")
+
+
 def zero(stored: torch.Tensor) -> str | None:
     """ValueCheck of the offset of a symmetric type: zero."""
     return _described(stored, stored != 0, "zero: the type is symmetric")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant_core import Partition
+from quant_core import LimitError, Partition
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
 from quant_core.schemes.verify import linear_params
 
@@ -71,12 +71,33 @@ def test_the_usual_form_is_declared_while_there_are_no_files(workbench: Any, mak
     }
 
 
-def test_groups_are_refused_before_a_weight_is_read(workbench: Any) -> None:
-    """An int8 product in groups is no operator."""
-    stored = {"weight": torch.zeros(8, INPUTS, dtype=torch.int8), "weight_scale": torch.ones(8, 2)}
+@pytest.mark.parametrize("groups", [2, 4, 8])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 33000])
+def test_scales_per_group(make: Any, workbench: Any, groups: int, tokens: int) -> None:
+    """Each group's sums have their own scale; the sum of all has the token's."""
+    stored, bias = make["W8A8_DYNAMIC"](12, INPUTS, groups=groups), torch.randn(12)
+    scheme, layer = workbench.serve(AscendW8A8DynamicLinearMethod, [stored])
+    x = exact_codes_input(tokens, INPUTS, torch.float32)
+    weight = stored["weight"].double() * stored["weight_scale"].double().repeat_interleave(INPUTS // groups, 1)
+    exact = exact_output(x, {"weight": weight, "weight_scale": torch.ones(12, 1)}, bias)
+    torch.testing.assert_close(scheme.apply(layer, x, bias).double(), exact, rtol=2**-20, atol=1e-3)
+
+
+def test_groups_are_cut_between_ranks(make: Any, workbench: Any) -> None:
+    stored, peak = make["W8A8_DYNAMIC"](12, INPUTS, groups=4), 1.0
+    x = torch.rand(5, INPUTS)
+    x[:, 0] = x[:, INPUTS // 2] = peak  # so that both halves have the scale of the whole
+    scheme, layer = workbench.serve(AscendW8A8DynamicLinearMethod, [stored])
+    both = workbench.run_ranks(AscendW8A8DynamicLinearMethod, [stored], x, "row", 2)
+    torch.testing.assert_close(both, scheme.apply(layer, x))
+    with pytest.raises(LimitError, match="use tensor_parallel_size 4"):
+        workbench.serve(AscendW8A8DynamicLinearMethod, [stored], partition=Partition("row", 0, 8))
+
+
+def test_unequal_groups_are_refused(workbench: Any) -> None:
+    stored = {"weight": torch.zeros(8, INPUTS, dtype=torch.int8), "weight_scale": torch.ones(8, 3)}
     (reason,) = AscendW8A8DynamicLinearMethod.can_serve(workbench.context([stored]))
-    assert "weight_scale is [8, 2]" in reason
-    assert "not per group" in reason
+    assert reason == "64 input features cannot be cut into 3 equal groups"
 
 
 def test_an_asymmetric_weight_is_refused_by_its_values(workbench: Any, make: Any) -> None:

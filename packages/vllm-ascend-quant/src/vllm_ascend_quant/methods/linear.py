@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -42,6 +43,9 @@ class AscendLinearMethod(LinearMethodBase):
     Attributes:
         quant: the format's answer about the layer.
         quant_method: the scheme, once the layer's sizes are known.
+        absent: what the scheme declares and the files lack, which it is handed as zeros.
+        restored: whether the layer was processed before it is filled, and is not to be processed again; see
+            saved_state.py.
 
     """
 
@@ -50,6 +54,7 @@ class AscendLinearMethod(LinearMethodBase):
         self.name = name
         self.quant = quant
         self.quant_method: AscendLinearScheme
+        self.restored = False
 
     def create_weights(
         self,
@@ -76,6 +81,7 @@ class AscendLinearMethod(LinearMethodBase):
             params_dtype=params_dtype,
             partition=_partition(layer),
             has_bias=layer.has_bias,
+            role=_role(),
         )
         scheme = self.make_scheme(query)
         if scheme.folds_bias and layer.has_bias and layer.skip_bias_add:
@@ -107,7 +113,7 @@ class AscendLinearMethod(LinearMethodBase):
 
         """
         scheme = self.quant_method
-        self._absent = layouts_of(absent_params(scheme), scheme.context)
+        self.absent = layouts_of(absent_params(scheme), scheme.context)
         for name, layout in layouts_of(linear_params(scheme), scheme.context).items():
             layer.register_parameter(name, make_parameter(layout, self.name, loader))
 
@@ -118,6 +124,9 @@ class AscendLinearMethod(LinearMethodBase):
             LoadError: names what was not loaded, or values that cannot be used.
 
         """
+        if self.restored:
+            self.restored = False
+            return
         stored = stored_parameters(layer)
         if not self.config.dummy or any(param.filled for param in stored.values()):
             self._check(layer)
@@ -127,7 +136,7 @@ class AscendLinearMethod(LinearMethodBase):
 
     def make_run_time_form(self, layer: nn.Module) -> None:
         """Let the scheme process what was loaded."""
-        hand_over(layer, [param.plan for param in stored_parameters(layer).values()], self._absent.values())
+        hand_over(layer, [param.plan for param in stored_parameters(layer).values()], self.absent.values())
         self.quant_method.process_weights_after_loading(layer)
 
     def missing(self, layer: nn.Module) -> list[str]:
@@ -189,6 +198,13 @@ def _partition(layer: LinearBase) -> Partition:
     if isinstance(layer, ColumnParallelLinear):
         return Partition("column", layer.tp_rank, layer.tp_size)
     return Partition()
+
+
+def _role() -> Literal["prefill", "decode", "both"]:
+    """Which requests this instance serves, where prefill and decode are disaggregated."""
+    transfer = get_current_vllm_config().kv_transfer_config
+    role = None if transfer is None else transfer.kv_role
+    return "prefill" if role == "kv_producer" else "decode" if role == "kv_consumer" else "both"
 
 
 def full_sizes(layer: LinearBase, local: list[int]) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.context import LayerContext
-from quant_core.schemes.int8 import int8_codes, int8_weight, symmetric_scale, transpose_weight
+from quant_core.schemes.groups import groups_of, unequal_groups
+from quant_core.schemes.int8 import int8_weight, symmetric, transpose_weight
 from quant_core.schemes.params import Param, finite, float_values, positive, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 
@@ -28,11 +29,7 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
         """Whole groups only."""
-        reasons = super().can_serve(context)
-        groups = _groups(context)
-        if context.input_size % groups:
-            reasons.append(f"{context.input_size} input features cannot be cut into {groups} equal groups")
-        return reasons
+        return super().can_serve(context) + unequal_groups(context)
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight`."""
@@ -40,7 +37,7 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
 
     def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight_scale` and `weight_offset`; one group is per channel."""
-        form, groups = self.context.form, _groups(self.context)
+        form, groups = self.context.form, groups_of(self.context)
         input_dim = 1 if groups > 1 else None
         params = {}
         for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", finite, 0.0)):
@@ -93,14 +90,4 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Symmetric per channel or group: the largest magnitude becomes 127."""
-        rows = weight.reshape(weight.shape[0] * _groups(self.context), -1)
-        row_scale = symmetric_scale(rows)
-        scale = row_scale.view(weight.shape[0], -1)
-        codes = int8_codes(rows, row_scale).view(weight.shape)
-        return {"weight": codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
-
-
-def _groups(context: LayerContext) -> int:
-    """Groups of input features, told by the stored scale's shape."""
-    shape = context.form.shape("weight_scale", (1, 1))
-    return shape[1] if len(shape) == 2 and shape[1] > 0 else 1
+        return symmetric(weight, groups_of(self.context))

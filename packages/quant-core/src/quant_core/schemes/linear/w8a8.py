@@ -1,26 +1,23 @@
-"""W8A8: int8 weights per output channel, activations quantised with a scale and zero point found by calibration."""
+"""W8A8: int8 weights per output channel, activations quantised with a scale and zero point found by calibration.
+
+W8A8S stores the same; its weights are sparse and of few bits, which shows in nothing but their values.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from quant_core.errors import LimitError
+from quant_core.errors import LimitError, LoadError
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.int8 import int8_weight, transpose_weight
 from quant_core.schemes.params import Param, float_values, integral_int8, positive, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 
-_INT32_MIN = -(2**31)
-
-
-def not_overflowed(stored: Tensor) -> str | None:
-    """ValueCheck of quant_bias: msModelSlim overflows to the smallest int32 for some float16 models."""
-    wrong = int((stored == _INT32_MIN).sum())
-    if wrong == 0:
-        return None
-    return f"{wrong} of {stored.numel()} values are {_INT32_MIN}: the tool overflowed when it wrote them"
+#: What msModelSlim writes into quant_bias of some float16 models, where b / deq_scale overflows in float16.
+_OVERFLOWED = -(2**31)
 
 
 @register_scheme("W8A8", "linear")
+@register_scheme("W8A8S", "linear")
 class AscendW8A8LinearMethod(AscendLinearScheme):
     """y = (a qᵀ + quant_bias) · deq_scale, a = clamp(rint(x / input_scale + input_offset), -128, 127).
 
@@ -63,7 +60,7 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         deq_dtype = torch.int64 if form.dtype("deq_scale", torch.float32) == torch.int64 else torch.float32
         params = {
             "deq_scale": Param((output_size,), deq_dtype, output_dim=0, check=positive, dummy=1.0),
-            "quant_bias": Param((output_size,), torch.int32, output_dim=0, check=not_overflowed, dummy=0.0),
+            "quant_bias": Param((output_size,), torch.int32, output_dim=0, dummy=0.0),
         }
         for name in ("weight_scale", "weight_offset"):
             if form.has(name):
@@ -71,7 +68,13 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         return params
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Transpose the weight, merge equal input scales, encode the output scale, keep the bias on one rank."""
+        """Transpose the weight, merge equal input scales, encode the output scale, keep the bias on one rank.
+
+        Raises:
+            LoadError: for a quant_bias that the tool overflowed and that cannot be computed again.
+
+        """
+        replace_parameter(layer, "quant_bias", self._quant_bias(layer))
         transpose_weight(layer)
         scales = float_values(layer.get_parameter("input_scale").data)
         offsets = layer.get_parameter("input_offset").data.to(torch.float32)
@@ -82,10 +85,6 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         if self.context.params_dtype == torch.float16:
             deq_scale = torch.ops.npu.npu_trans_quant_param(deq_scale)
         replace_parameter(layer, "deq_scale", deq_scale)
-        partition = self.context.partition
-        if partition.kind == "row" and partition.rank > 0:
-            # It belongs to the sum over all ranks, once.
-            replace_parameter(layer, "quant_bias", torch.zeros_like(layer.get_parameter("quant_bias").data))
         for name in ("weight_scale", "weight_offset"):
             if hasattr(layer, name):
                 delattr(layer, name)
@@ -114,10 +113,39 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         """Weight times deq_scale / input_scale."""
         input_scale = float_values(layer.get_parameter("input_scale"))
         if len(input_scale) > 1:
-            counts = torch.tensor([shard.local_output_size for shard in self.context.shards])
-            input_scale = input_scale.repeat_interleave(counts)
+            input_scale = self._per_row(input_scale)
         scale = float_values(layer.get_parameter("deq_scale")) / input_scale
         return layer.get_parameter("weight").to(torch.float32) * scale[:, None]
+
+    def _quant_bias(self, layer: nn.Module) -> Tensor:
+        """`quant_bias` as this rank adds it: a row-parallel layer's belongs to the sum over all ranks, once."""
+        partition, stored = self.context.partition, layer.get_parameter("quant_bias").data
+        elsewhere = partition.kind == "row" and partition.rank > 0
+        lost = stored == _OVERFLOWED
+        kept = torch.zeros_like(stored) if elsewhere else stored
+        if not bool(lost.any()):
+            return kept
+        bias = getattr(layer, "bias", None)
+        if bias is None:
+            raise LoadError(
+                f"{self.context.name}: quant_bias cannot be used",
+                where=", ".join(f"{shard.name}.quant_bias" for shard in self.context.shards),
+                found=f"{int(lost.sum())} of {lost.numel()} values are {_OVERFLOWED}: the tool overflowed",
+                expected="a bias tensor beside it, from which it can be computed again",
+                todo="quantise the model again in bfloat16",
+            )
+        # quant_bias = rint(b / deq_scale - input_offset · Σ q) (formats/modelslim.md, 4.1); of the sum over all input
+        # features, each rank of a row-parallel layer adds its own part.
+        offsets = self._per_row(layer.get_parameter("input_offset").data.to(torch.float64))
+        value = -offsets * layer.get_parameter("weight").data.sum(dim=1, dtype=torch.int64)
+        if not elsewhere:
+            value += bias.data.to(torch.float64) / float_values(layer.get_parameter("deq_scale").data)
+        return torch.where(lost, value.round().to(torch.int32), kept)
+
+    def _per_row(self, members: Tensor) -> Tensor:
+        """One value per member as one per output feature of this rank."""
+        counts = [shard.local_output_size for shard in self.context.shards]
+        return members.repeat_interleave(torch.tensor(counts, device=members.device))
 
     def _first_members(self, scales: Tensor, offsets: Tensor) -> list[int]:
         """The first member of each run that shares scale and offset; remembers the rows of the runs.

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.context import LayerContext
-from quant_core.schemes.int8 import int8_codes, int8_weight, symmetric_scale, transpose_weight
+from quant_core.schemes.groups import groups_of, unequal_groups
+from quant_core.schemes.int8 import int8_weight, symmetric, transpose_weight
 from quant_core.schemes.params import Param, float_values, positive, replace_parameter, tensor_of, zero
 from quant_core.schemes.registry import register_scheme
 
@@ -14,58 +15,76 @@ from quant_core.schemes.registry import register_scheme
 class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
     """y = (a qᵀ) · x_scale · weight_scale + bias, a = rint(x / x_scale), x_scale = max|x| / 127 per token.
 
-    Stored:
+    Stored, with g groups of input features (1: per channel):
         weight: int8 [out, in]
-        weight_scale: float [out, 1]
-        weight_offset: float [out, 1], zero
+        weight_scale: float [out, g]
+        weight_offset: float [out, g], zero
 
     Run time:
         weight: int8 [in, out]
-        weight_scale: float32 [out]
+        weight_scale: float32 [out], or [g, out]
     """
 
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
-        """Per-channel scales only: no operator multiplies int8 activations by int8 weights in groups."""
-        reasons = super().can_serve(context)
-        shape = context.form.shape("weight_scale", (1, 1))
-        if len(shape) == 2 and shape[1] != 1:
-            reasons.append(f"weight_scale is {list(shape)}: W8A8_DYNAMIC has one scale per channel here, not per group")
-        return reasons
+        """Whole groups only."""
+        return super().can_serve(context) + unequal_groups(context)
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight`."""
         return int8_weight(input_size, output_size)
 
-    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight_scale` and `weight_offset`."""
-        form = self.context.form
-        shape, dtype = (output_size, 1), form.float_dtype("weight_scale")
-        params = {"weight_scale": Param(shape, dtype, output_dim=0, check=positive, dummy=1.0)}
-        if form.has("weight_offset", default=True):
-            dtype = form.float_dtype("weight_offset")
-            params["weight_offset"] = Param(shape, dtype, output_dim=0, check=zero, dummy=0.0)
+    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight_scale` and `weight_offset`; one group is per channel."""
+        form, groups = self.context.form, groups_of(self.context)
+        input_dim, input_step = (1, input_size // groups) if groups > 1 else (None, 1)
+        params = {}
+        for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", zero, 0.0)):
+            if name == "weight_scale" or form.has(name, default=True):
+                params[name] = Param(
+                    (output_size, groups),
+                    form.float_dtype(name),
+                    output_dim=0,
+                    input_dim=input_dim,
+                    input_step=input_step,
+                    check=check,
+                    dummy=dummy,
+                )
         return params
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Transpose the weight, flatten the scale, drop the offset, which is zero."""
+        """Transpose weight and scale, drop the offset, which is zero."""
         transpose_weight(layer)
-        replace_parameter(layer, "weight_scale", float_values(layer.get_parameter("weight_scale").data).flatten())
+        scale = float_values(layer.get_parameter("weight_scale").data)
+        replace_parameter(layer, "weight_scale", scale.flatten() if scale.shape[1] == 1 else scale.t().contiguous())
         if hasattr(layer, "weight_offset"):
             del layer.weight_offset
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
-        """Two operators: quantise, multiply."""
+        """Two operators: quantise, multiply; per group one multiplication for each."""
         codes, x_scale = self._quantise(x.reshape(-1, x.shape[-1]))
-        y: Tensor = torch.ops.npu.npu_quant_matmul(
-            codes,
-            tensor_of(layer, "weight"),
-            tensor_of(layer, "weight_scale"),
-            pertoken_scale=x_scale,
-            bias=bias,
-            output_dtype=x.dtype,
-        )
+        weight, scale = tensor_of(layer, "weight"), tensor_of(layer, "weight_scale")
+        if scale.dim() == 1:
+            y: Tensor = torch.ops.npu.npu_quant_matmul(
+                codes, weight, scale, pertoken_scale=x_scale, bias=bias, output_dtype=x.dtype
+            )
+        else:
+            y = self._sum_of_groups(codes, weight, scale) * x_scale[:, None]
+            y = (y if bias is None else y + bias).to(x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def _sum_of_groups(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """No operator multiplies int8 by int8 in groups, so the int32 sums of each are scaled here, in float32."""
+        length = weight.shape[0] // scale.shape[0]
+        total = torch.zeros(codes.shape[0], weight.shape[1], dtype=torch.float32, device=codes.device)
+        for group in range(scale.shape[0]):
+            part = slice(group * length, (group + 1) * length)
+            sums = torch.ops.npu.npu_quant_matmul(
+                codes[:, part].contiguous(), weight[part], scale[group], output_dtype=torch.int32
+            )
+            total += sums * scale[group]
+        return total
 
     def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         max_over_ranks = self.context.partition.max_over_ranks
@@ -79,10 +98,10 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
         return torch.ops.npu.npu_quantize(rows, scale, None, torch.qint8, 0, True), scale
 
     def dequantize(self, layer: nn.Module) -> Tensor:
-        """Weight times scale."""
-        return layer.get_parameter("weight").to(torch.float32) * float_values(layer.get_parameter("weight_scale"))
+        """Weight times scale, group by group."""
+        weight, scale = layer.get_parameter("weight"), float_values(layer.get_parameter("weight_scale"))
+        return weight.to(torch.float32) * scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Symmetric: the largest magnitude of a channel becomes 127."""
-        scale = symmetric_scale(weight)
-        return {"weight": int8_codes(weight, scale), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        """Symmetric: the largest magnitude of a channel or group becomes 127."""
+        return symmetric(weight, groups_of(self.context))

@@ -1,0 +1,238 @@
+"""W4A4_FLATQUANT_DYNAMIC: int4 weights, and int4 activations per token after FlatQuant's transform."""
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import LimitError
+from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.context import LayerContext
+from quant_core.schemes.flatquant import (
+    get_decompose_dim,
+    matrices_of,
+    process_transform,
+    transform_params,
+    transform_reasons,
+    transform_sizes,
+)
+from quant_core.schemes.int8 import int8_codes, symmetric_scale
+from quant_core.schemes.params import Param, float_values, int4, positive, replace_parameter, tensor_of, zero
+from quant_core.schemes.registry import register_scheme
+
+__all__ = [
+    "AscendW4A4FlatQuantDynamicLinearMethod",
+    "batched_kronecker_quant",
+    "get_decompose_dim",
+    "pack_int4_weights",
+]
+
+#: Tokens of one call of the operator.
+_TOKENS = 32768
+
+#: Rows of a weight that are packed at a time: the operator wants four bytes for each value.
+_ROWS = 256
+
+
+def pack_int4_weights(weight: Tensor) -> Tensor:
+    """Values from -8 to 7 [n, k], eight along k to an int32 [n, k / 8].
+
+    Raises:
+        LimitError: for a k that is not a multiple of 8.
+
+    """
+    _whole_packs(weight.shape[1])
+    parts = [torch.ops.npu.npu_convert_weight_to_int4pack(rows.to(torch.int32)) for rows in weight.split(_ROWS)]
+    return torch.cat(parts)
+
+
+def batched_kronecker_quant(
+    x: Tensor, left_trans: Tensor, right_trans: Tensor, clip_ratio: float
+) -> tuple[Tensor, Tensor]:
+    """left_trans · X · right_trans of each token, quantised to int4 per token, in calls that the operator can take.
+
+    Args:
+        x: [tokens, L, R], floating.
+        left_trans: [L, L] in x's dtype; for a checkpoint's matrix, its transpose.
+        right_trans: [R, R] in x's dtype.
+        clip_ratio: how much of a token's largest magnitude the codes reach.
+
+    Returns:
+        int32 codes [tokens, L, R / 8] and float32 scales [tokens].
+
+    """
+    # An operator of its own in compiled code, which must not decide by the number of tokens that it was traced with.
+    chunked = _kronecker_quant_operator if torch.compiler.is_compiling() else _kronecker_quant_in_chunks
+    codes, scales = chunked(x, left_trans, right_trans, clip_ratio)
+    return codes, scales
+
+
+def _kronecker_quant_in_chunks(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    parts = [
+        torch.ops.npu.npu_kronecker_quant(chunk, left, right, clip_ratio=clip_ratio, dst_dtype=torch.int32)
+        for chunk in x.split(_TOKENS)
+    ]
+    if len(parts) == 1:
+        codes, scales = parts[0]
+        return codes, scales
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+_kronecker_quant_operator = torch.library.custom_op(
+    "quant_core::batched_kronecker_quant", _kronecker_quant_in_chunks, mutates_args=()
+)
+
+
+@_kronecker_quant_operator.register_fake
+def _(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    tokens, rows, columns = x.shape
+    codes = x.new_empty((tokens, rows, columns // 8), dtype=torch.int32)
+    return codes, x.new_empty((tokens,), dtype=torch.float32)
+
+
+@register_scheme("W4A4_FLATQUANT_DYNAMIC", "linear")
+class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
+    """y = (a qᵀ) · x_scale · weight_scale + bias, a = rint(X' / x_scale), X' = left_transᵀ · X · right_trans.
+
+    x_scale = max|X'| · clip_ratio / 7 per token, and codes saturate at -8 and 7.
+
+    Stored, with L · R = in:
+        weight: int8 [out, in], values from -8 to 7
+        weight_scale: float [out, 1]
+        weight_offset: float [out, 1], zero
+        left_trans: float [L, L]
+        right_trans: float [R, R], absent where it is the identity
+        clip_ratio: float [1], of each member of a fused layer its own
+
+    Run time:
+        weight: int32 [out, in / 8], never in the NZ layout, which the operator cannot take
+        weight_scale: float32 [out]
+        left_trans: model dtype [L, L], transposed
+        right_trans: model dtype [R, R]
+    """
+
+    _ratios: tuple[float, ...]
+    _runs: tuple[tuple[float, int, int], ...]
+
+    @classmethod
+    def can_serve(cls, context: LayerContext) -> list[str]:
+        """Sizes that int4 and the transform allow, and no rotation across tensor-parallel ranks."""
+        reasons = super().can_serve(context)
+        if context.input_size % 8:
+            return [*reasons, f"{context.input_size} input features are not a multiple of 8, as int4 packing wants"]
+        unfit = transform_reasons(context)
+        if not unfit and max(transform_sizes(context)) > 256:
+            unfit = [f"the operator takes matrices of up to 256, these are of {transform_sizes(context)}"]
+        elif not unfit and transform_sizes(context)[1] % 8:
+            unfit = [f"right_trans of {transform_sizes(context)[1]} is not a multiple of 8, as int4 packing wants"]
+        return reasons + unfit
+
+    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight`.
+
+        Raises:
+            LimitError: for an input size that is not a multiple of 8.
+
+        """
+        _whole_packs(input_size)
+        return {"weight": Param((output_size, input_size), torch.int8, output_dim=0, input_dim=1, check=int4, dummy=0)}
+
+    def get_pertensor_param(self, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`left_trans`, `right_trans` and `clip_ratio`."""
+        return transform_params(self.context)
+
+    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight_scale` and `weight_offset`."""
+        form, params = self.context.form, {}
+        for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", zero, 0.0)):
+            if name == "weight_scale" or form.has(name, default=True):
+                dtype = form.float_dtype(name)
+                params[name] = Param((output_size, 1), dtype, output_dim=0, check=check, dummy=dummy)
+        return params
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack the weight, transpose left_trans, take clip ratios off the layer, drop the offset, which is zero.
+
+        Raises:
+            LimitError: if a reload would change the clip ratios, which compiled code has baked in.
+
+        """
+        self._remember(tuple(layer.get_parameter("clip_ratio").data.to(torch.float32).tolist()))
+        del layer.clip_ratio
+        replace_parameter(layer, "weight", pack_int4_weights(layer.get_parameter("weight").data))
+        replace_parameter(layer, "weight_scale", float_values(layer.get_parameter("weight_scale").data).flatten())
+        process_transform(layer, self.context)
+        if hasattr(layer, "weight_offset"):
+            del layer.weight_offset
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
+        """Transform and quantise once per distinct clip ratio, then multiply with the rows of the members that have it.
+
+        Raises:
+            LimitError: if the layer's matrices do not transform so many features.
+
+        """
+        tokens, left, right = matrices_of(layer, x)
+        weight, scale = tensor_of(layer, "weight"), tensor_of(layer, "weight_scale")
+        quantised = {
+            ratio: batched_kronecker_quant(tokens, left, right, ratio) for ratio in dict.fromkeys(self._ratios)
+        }
+        parts = []
+        for ratio, start, stop in self._runs:
+            codes, x_scale = quantised[ratio]
+            parts.append(
+                torch.ops.npu.npu_quant_matmul(
+                    codes.flatten(1),
+                    weight[start:stop].t(),
+                    scale[start:stop],
+                    pertoken_scale=x_scale,
+                    output_dtype=x.dtype,
+                )
+            )
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        y = y if bias is None else y + bias.to(y.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def dequantize(self, layer: nn.Module) -> Tensor:
+        """Weight times scale, turned back: left_trans · W · right_transᵀ for each output feature's W [L, R]."""
+        weight = layer.get_parameter("weight").to(torch.float32) * float_values(layer.get_parameter("weight_scale"))
+        left = layer.get_parameter("left_trans").to(torch.float32)
+        turned = left @ weight.unflatten(1, (left.shape[0], -1))
+        if "right_trans" in layer._parameters:
+            turned = turned @ layer.get_parameter("right_trans").to(torch.float32).t()
+        return turned.flatten(1)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Symmetric: the largest magnitude of a channel becomes 7. Without calibration the transform is the identity."""
+        scale = symmetric_scale(weight, 7)
+        stored = {"weight": int8_codes(weight, scale), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        for name, param in transform_params(self.context).items():
+            stored[name] = torch.eye(param.shape[0], dtype=param.dtype) if len(param.shape) == 2 else torch.ones(1)
+        return stored
+
+    def _remember(self, ratios: tuple[float, ...]) -> None:
+        """Keep each member's clip ratio with its rows; neighbours of one ratio are one run."""
+        if getattr(self, "_ratios", ratios) != ratios:
+            raise LimitError(
+                f"{self.context.name}: the reloaded weights have other clip ratios than before",
+                where=", ".join(f"{shard.name}.clip_ratio" for shard in self.context.shards),
+                found=ratios,
+                expected=f"{self._ratios}, which compiled code has baked in",
+                todo="start the engine anew with these weights",
+            )
+        self._ratios = ratios
+        runs: list[tuple[float, int, int]] = []
+        start = 0
+        for ratio, shard in zip(ratios, self.context.shards, strict=True):
+            stop = start + shard.local_output_size
+            if runs and runs[-1][0] == ratio:
+                runs[-1] = (ratio, runs[-1][1], stop)
+            else:
+                runs.append((ratio, start, stop))
+            start = stop
+        self._runs = tuple(runs)
+
+
+def _whole_packs(k: int) -> None:
+    if k % 8:
+        raise LimitError(
+            f"{k} input features cannot be packed as int4", expected="a multiple of 8: so many values are one int32"
+        )

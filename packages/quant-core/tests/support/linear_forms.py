@@ -1,0 +1,52 @@
+"""All registered linear schemes in the forms that we know: those of its cases, one drawn from what it declares."""
+
+from dataclasses import dataclass
+
+import torch
+from linear_cases import CASES, Case
+from torch import Tensor
+from workbench import Stored, Workbench
+
+from quant_core import AscendLinearScheme, Partition, list_schemes
+
+#: max_over_ranks as one rank of equal ones computes it: then a scheme quantises for *exact TP*.
+PARTITIONS = {
+    "whole": Partition(),
+    "row": Partition("row", 0, 2),
+    "row, exact TP": Partition("row", 0, 2, max_over_ranks=lambda values: values),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A scheme and how its stored tensors are made."""
+
+    scheme_class: type[AscendLinearScheme]
+    case: Case | None = None
+
+    def compute(self, dtype: torch.dtype, partition: Partition) -> list[Tensor]:
+        """Everything that a layer of two members computes, from the processing of its weights on."""
+        bench, sizes, inputs = Workbench(), (128, 64), 512
+        scheme = self.scheme_class.create(
+            bench.context(members := self.members(sizes, inputs), dtype, partition, sizes=sizes, inputs=inputs)
+        )
+        assert self.scheme_class.can_serve(scheme.context) == []
+        layer = bench.load(scheme, members)
+        scheme.process_weights_after_loading(layer)
+        width = inputs // partition.input_parts
+        bias = None if scheme.folds_bias else torch.randn(sum(sizes)).to(dtype)
+        rows, batches = torch.randn(5, width).to(dtype), torch.randn(2, 3, width).to(dtype)
+        return [scheme.apply(layer, rows, bias), scheme.apply(layer, batches), scheme.apply(layer, rows[:0])]
+
+    def members(self, sizes: tuple[int, ...], inputs: int) -> list[Stored]:
+        """Stored modules of these output sizes."""
+        if self.case is not None:
+            return list(self.case.members(sizes, inputs))
+        return [Workbench().draw(self.scheme_class, size, inputs) for size in sizes]
+
+
+def forms() -> dict[str, Form]:
+    """All of them by name."""
+    linear = {kind: cls for (kind, layer_type), cls in list_schemes().items() if layer_type == "linear"}
+    drawn = {f"{kind} as declared": Form(cls) for kind, cls in linear.items()}
+    return drawn | {name: Form(case.scheme, case) for name, case in CASES.items()}
