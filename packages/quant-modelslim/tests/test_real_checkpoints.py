@@ -20,6 +20,7 @@ from quant_core import (
     get_scheme_class,
     list_schemes,
 )
+from quant_core.schemes.composed import ComposedLinearMethod
 from quant_modelslim import ModelSlimFormat
 
 REPOSITORY = Path(__file__).parents[3]
@@ -108,13 +109,21 @@ def check_module(read: ModelSlimFormat, module: str, types: dict[str, str], shap
         return
     scheme = read.create_scheme_for_layer(LayerQuery(module))
     assert isinstance(scheme, AscendLinearScheme)
-    assert type(scheme) is get_scheme_class(quant_type, "linear")
-    outputs, inputs = shapes[f"{module}.weight"]
-    declared = scheme.params(inputs, outputs)
+    own = scheme.base if isinstance(scheme, ComposedLinearMethod) else scheme
+    assert type(own) is get_scheme_class(quant_type, "linear")
+    assert scheme.context.output_size == rows(module, shapes)
+    declared = scheme.params(scheme.context.input_size, scheme.context.output_size)
     there = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == module}
     assert {f"{module}.{suffix}": param.shape for suffix, param in declared.items()} == {
         name: shape for name, shape in there.items() if name != f"{module}.bias"
     }
+
+
+def rows(module: str, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Output features of a module: several may lie in one row of its weight, none of its scales."""
+    return max(
+        shapes[f"{module}.{suffix}"][0] for suffix in ("weight_scale", "weight") if f"{module}.{suffix}" in shapes
+    )
 
 
 def check_fused(
@@ -128,7 +137,7 @@ def check_fused(
     scheme = read.create_scheme_for_layer(LayerQuery(layer, packed_modules=FUSED))
     if scheme is not None:
         sizes = {shard.name: shard.output_size for shard in scheme.context.shards}
-        assert sizes == {member: shapes[f"{member}.weight"][0] for member in members}
+        assert sizes == {member: rows(member, shapes) for member in members}
 
 
 def test_every_kind_of_writer_is_among_them() -> None:

@@ -132,10 +132,10 @@ def test_a_bias_of_integers(tmp_path: Path, small: Any) -> None:
     refused(small, tmp_path, CheckpointError, f"{Q}.bias has no key in {DESCRIPTION}, but {WEIGHTS} holds int32")
 
 
-def test_groups_where_the_type_has_none(tmp_path: Path, small: Any) -> None:
+def test_groups_that_do_not_divide_the_input(tmp_path: Path, small: Any) -> None:
     for suffix in ("weight_scale", "weight_offset"):
-        small.tensors[f"{OUT}.{suffix}"] = small.tensors[f"{OUT}.{suffix}"].repeat(1, 4)
-    refused(small, tmp_path, UnsupportedSchemeError, OUT, "W8A8_DYNAMIC", "[32, 4]")
+        small.tensors[f"{OUT}.{suffix}"] = small.tensors[f"{OUT}.{suffix}"].repeat(1, 3)
+    refused(small, tmp_path, UnsupportedSchemeError, OUT, "W8A8_DYNAMIC", "cannot be cut into 3 equal groups")
 
 
 def test_groups_that_do_not_fit(tmp_path: Path, small: Any) -> None:
@@ -146,8 +146,8 @@ def test_groups_that_do_not_fit(tmp_path: Path, small: Any) -> None:
 
 def test_a_tensor_that_no_type_has(tmp_path: Path, small: Any) -> None:
     """Dropping it would change the results."""
-    small.tensors[f"{DOWN}.heads_rotation"] = torch.eye(4)
-    refused(small, tmp_path, LoadError, f"{DOWN}.heads_rotation in {WEIGHTS} is not used by this type")
+    small.tensors[f"{DOWN}.other_rotation"] = torch.eye(4)
+    refused(small, tmp_path, LoadError, f"{DOWN}.other_rotation in {WEIGHTS} is not used by this type")
 
 
 def test_layers_that_fail_alike_are_reported_together(tmp_path: Path, small: Any) -> None:

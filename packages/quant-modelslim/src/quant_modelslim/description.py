@@ -20,10 +20,10 @@ PATTERN = "quant_model_description*.json"
 
 #: What every writer calls its weights.
 WEIGHTS = "quant_model_weight*.safetensors"
-FLOAT = "FLOAT"
 
 #: The last component of a key that says how an attention module computes; no tensor belongs to it.
 ATTENTION_TYPE = "quant_type"
+_ATTENTION_SUFFIX = f".{ATTENTION_TYPE}"
 
 
 class _Keys(BaseModel):
@@ -121,15 +121,15 @@ class Description:
         wrong: list[str] = []
         prefix = _common_prefix(content)
         for key, value in content.items():
-            module, _, last = key.rpartition(".")
-            if "." not in key.removeprefix(prefix):
-                general[key.removeprefix(prefix)] = value
+            name = key.removeprefix(prefix) if prefix else key
+            if "." not in name:
+                general[name] = value
             elif value is None:
                 continue
             elif not isinstance(value, str) or not value:
                 wrong.append(f"{key}: {value!r}")
-            elif last == ATTENTION_TYPE:
-                attention[module] = value
+            elif key.endswith(_ATTENTION_SUFFIX):
+                attention[key.removesuffix(_ATTENTION_SUFFIX)] = value
             else:
                 types[key] = value
         if wrong:
@@ -163,9 +163,10 @@ def _no_description(folder: CheckpointFolder) -> CheckpointError:
 
 def _common_prefix(keys: Collection[str]) -> str:
     """The component that precedes every key, the global ones too, as one adapter writes them; usually empty."""
-    firsts = {key.partition(".")[0] for key in keys}
-    prefix = f"{firsts.pop()}." if len(firsts) == 1 else ""
-    return prefix if any(f"{prefix}{name}" in keys for name in GlobalKeys.model_fields) else ""
+    prefix = next(iter(keys), "").partition(".")[0] + "."
+    if not any(f"{prefix}{name}" in keys for name in GlobalKeys.model_fields):  # seldom, and quickly told
+        return ""
+    return prefix if all(f"{key}.".startswith(prefix) for key in keys) else ""
 
 
 def _global_keys(values: dict[str, Any], file: str) -> GlobalKeys:

@@ -13,8 +13,9 @@ from quant_core import (
     QuantFormat,
 )
 from quant_core.names import ModuleNames
-from quant_modelslim.description import FLOAT, NAME, PATTERN, WEIGHTS, Description
+from quant_modelslim.description import NAME, PATTERN, WEIGHTS, Description
 from quant_modelslim.resolve import agreed_type, module_type, unknown
+from quant_modelslim.type_names import FLOAT
 from quant_modelslim.validate import plan, validate
 
 
@@ -65,16 +66,18 @@ class ModelSlimFormat(QuantFormat):
 
         """
         modules = query.modules or self._names.find(query.name, query.packed_modules) or self._described(query)
-        found: dict[str, tuple[str, Evidence]] = {}
+        types: dict[str, str] = {}  # one module may stand for several members
+        found: list[Evidence] = []
         for module in modules:
-            known = module_type(self.description, self.folder, module)
+            known = module_type(self.description, self.folder, module) if module not in types else None
             if known is not None:
-                found[module] = known
-        absent = [module for module in modules if module not in found]  # one module may stand for several members
+                types[module] = known[0]
+                found.append(known[1])
+        absent = [module for module in modules if module not in types]
         if absent:
             raise unknown(query.name, absent, self.description, self.folder)
-        quant_type = agreed_type({module: quant_type for module, (quant_type, _) in found.items()}, query.name)
-        evidence = tuple(evidence for _, evidence in found.values())
+        quant_type = agreed_type(types, query.name)
+        evidence = tuple(found)
         if quant_type == FLOAT:
             return LayerQuant(None, modules, evidence=evidence, reason=str(evidence[0]))
         return LayerQuant(quant_type, modules, self.stored_forms(modules), evidence)

@@ -15,7 +15,8 @@ from quant_core import (
     detect_formats,
 )
 from quant_core.errors import listing
-from quant_modelslim.description import FLOAT, NAME, Description
+from quant_modelslim.description import NAME, Description
+from quant_modelslim.type_names import FLOAT, FLOAT_TYPES
 
 #: Dtypes that no float tensor has.
 QUANTISED_DTYPES = frozenset({torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
@@ -33,8 +34,9 @@ def module_type(description: Description, folder: CheckpointFolder, module: str)
 
     """
     key = f"{module}.weight"
-    if key in description.types:
-        return description.types[key], Evidence(description.file, key, description.types[key])
+    said = description.types.get(key)
+    if said is not None:
+        return FLOAT if said in FLOAT_TYPES else said, Evidence(description.file, key, said)
     if f"{module}.linear.weight" in description.types:
         raise smoothed([module])
     form = folder.modules.get(module)

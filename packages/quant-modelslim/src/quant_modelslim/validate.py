@@ -22,8 +22,9 @@ from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.composed import compose, reasons_against
 from quant_core.schemes.registry import LAYER_TYPES
 from quant_core.schemes.verify import verify_stored
-from quant_modelslim.description import ATTENTION_TYPE, FLOAT, Description
+from quant_modelslim.description import ATTENTION_TYPE, Description
 from quant_modelslim.resolve import QUANTISED_DTYPES, dtype_name, is_float, smoothed, undescribed
+from quant_modelslim.type_names import FLOAT_TYPES, SIMULATED_RANKS, UNUSABLE
 
 #: A module's form without its name: modules of equal signature need one check.
 Signature = frozenset[tuple[str, tuple[int, ...], torch.dtype]]
@@ -78,9 +79,11 @@ def plan(folder: PlannedFolder, description: Description) -> None:
 
 def _check_types(description: Description) -> None:
     keys: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for key, quant_type in description.types.items():
-        if quant_type != FLOAT and not any(get_scheme_class(quant_type, layer_type) for layer_type in LAYER_TYPES):
-            keys[quant_type, "linear"].append(key)
+    for quant_type in dict.fromkeys(description.types.values()):  # few types have many keys
+        if quant_type not in FLOAT_TYPES and not any(
+            get_scheme_class(quant_type, layer_type) for layer_type in LAYER_TYPES
+        ):
+            keys[quant_type, "linear"] = [key for key, said in description.types.items() if said == quant_type]
     for module, quant_type in description.attention_types.items():
         if get_scheme_class(quant_type, "attention") is None:
             keys[quant_type, "attention"].append(f"{module}.{ATTENTION_TYPE}")
@@ -89,18 +92,33 @@ def _check_types(description: Description) -> None:
         weights = [key for key in described if key.endswith(".weight")]
         # Tensors of a type that no weight has belong to attention.
         kind = layer_type if weights else "attention"
+        where = f"{description.file}: {listing(weights or described)}"
         try:
-            require_scheme_class(quant_type, kind, where=f"{description.file}: {listing(weights or described)}")
+            if quant_type in UNUSABLE:
+                raise UnsupportedSchemeError(
+                    f"layers of the type {quant_type!r} cannot be served: {UNUSABLE[quant_type]}",
+                    where=where,
+                    todo="quantise these layers as another type",
+                )
+            require_scheme_class(quant_type, kind, where=where)
         except UnsupportedSchemeError as error:
             errors.append(error)
     _raise_all(errors)
+    if simulated := [key for key in description.types if SIMULATED_RANKS in key]:
+        raise UnsupportedSchemeError(
+            "layers that were quantised once for each tensor-parallel rank (simulate_tp) cannot be served: the "
+            "weight of the whole layer has no scale of its own",
+            where=f"{description.file}: {listing(simulated)}",
+            todo="quantise the model without simulate_tp",
+        )
 
 
 def _absent(folder: CheckpointFolder, description: Description) -> Iterator[str]:
     # A FLOAT key without a tensor is left to the loader: writers add such keys for what they skipped, and whether the
     # model needs the tensor is known only then.
+    tensors = folder.tensors
     for key, quant_type in description.types.items():
-        if quant_type != FLOAT and key not in folder.tensors:
+        if key not in tensors and quant_type not in FLOAT_TYPES:
             yield f"{key} is described as {quant_type}, but no file holds it"
 
 
@@ -124,27 +142,37 @@ def _absent_rotations(folder: CheckpointFolder, description: Description) -> Ite
 def _integers_as_float(folder: CheckpointFolder, description: Description) -> Iterator[str]:
     """Tensors that are FLOAT, by their key or for lack of one, and hold something else."""
     for name, tensor in folder.tensors.items():
-        suffix = name.rpartition(".")[2]
         described = name in description.types
-        if description.types.get(name, FLOAT) != FLOAT or (suffix == "weight" and not described):
+        if described and description.types[name] not in FLOAT_TYPES:
+            continue
+        suffix = name.rpartition(".")[2]
+        if suffix == "weight" and not described:
             continue  # quantised weights without a key are reported by themselves
         # Other tensors of a float module may be integers, as tables of indices are.
         multiplied = suffix in {"weight", "bias"}
         if tensor.dtype in QUANTISED_DTYPES or (multiplied and not is_float(tensor.dtype)):
-            said = "is described as FLOAT" if described else f"has no key in {description.file}"
+            said = f"is described as {description.types[name]}" if described else f"has no key in {description.file}"
             yield f"{name} {said}, but {tensor.file} holds {dtype_name(tensor.dtype)}"
 
 
 def _several_types(description: Description) -> Iterator[str]:
     """Modules of whose tensors each is described as that of another linear type."""
-    linear: dict[str, dict[str, str]] = defaultdict(dict)
-    for key, quant_type in description.types.items():
+    types = description.types
+    multiplied = {t for t in set(types.values()) if t not in FLOAT_TYPES and get_scheme_class(t, "linear")}
+    contradicted: dict[str, None] = {}
+    for key, quant_type in types.items():
+        if quant_type in multiplied and not key.endswith(".weight"):
+            module = key.rpartition(".")[0]
+            if types.get(f"{module}.weight", quant_type) != quant_type:
+                contradicted[module] = None
+    if not contradicted:
+        return
+    said: dict[str, list[str]] = {module: [] for module in contradicted}
+    for key, quant_type in types.items():
         module, _, suffix = key.rpartition(".")
-        if suffix == "weight" or (quant_type != FLOAT and get_scheme_class(quant_type, "linear")):
-            linear[module][suffix] = quant_type
-    for module, types in linear.items():
-        if "weight" in types and len(set(types.values())) > 1:
-            yield ", ".join(f"{module}.{suffix} is described as {quant_type}" for suffix, quant_type in types.items())
+        if module in said and (suffix == "weight" or quant_type in multiplied):
+            said[module].append(f"{key} is described as {quant_type}")
+    yield from (", ".join(entries) for entries in said.values())
 
 
 def _check_modules(folder: CheckpointFolder, description: Description) -> None:
@@ -167,7 +195,7 @@ def _check_forms(modules: Mapping[str, StoredForm], description: Description) ->
     groups: dict[tuple[str, Signature], list[str]] = defaultdict(list)
     for key, quant_type in description.types.items():
         module, _, suffix = key.rpartition(".")
-        if quant_type != FLOAT and suffix == "weight" and module in modules:
+        if quant_type not in FLOAT_TYPES and suffix == "weight" and module in modules:
             tensors = modules[module].tensors
             groups[quant_type, frozenset((s, t.shape, t.dtype) for s, t in tensors.items())].append(module)
     errors: list[QuantError] = []

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_core import AscendLinearScheme, LayerContext, Shard, require_scheme_class
-from quant_modelslim.description import FLOAT, PATTERN
+from quant_modelslim.description import PATTERN
+from quant_modelslim.type_names import FLOAT
 
 #: A module's name and weight to the type that it gets.
 Choice = Callable[[str, Tensor], str]

@@ -1,0 +1,17 @@
+"""Names of types in a description, and what msModelSlim means by those that no scheme serves."""
+
+FLOAT = "FLOAT"
+
+#: Types whose weights are stored in the model's own dtype. (W16A16S is pruned: zeros are zeros.)
+FLOAT_TYPES = frozenset({FLOAT, "W16A16S"})
+
+#: Types that cannot be served from what is stored, unless somebody registers a scheme: why.
+UNUSABLE = {
+    "NF4": "msModelSlim stores the codes without the scale of their blocks, so the weight cannot be restored",
+    "W8A8SC": "its weight is a stream that Ascend's compression tool wrote, whose layout is not published",
+    "W16A16SC": "its weight is a stream that Ascend's compression tool wrote, whose layout is not published",
+    "W8A8_TIMESTEP": "its scales have an axis of diffusion time steps, which a language model does not have",
+}
+
+#: Part of the names under which msModelSlim's simulate_tp stores a layer once more for each rank.
+SIMULATED_RANKS = ".tp_list."
