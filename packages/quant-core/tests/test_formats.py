@@ -188,7 +188,13 @@ def announce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(site)
-    classes = {"One": "name = 'one'", "Two": "name = 'one'", "Nameless": "pass"}
+    classes = {
+        "One": "name, vllm_name = 'one', 'method'",
+        "Two": "name, vllm_name = 'one', 'another'",
+        "SameMethod": "name, vllm_name = 'three', 'method'",
+        "Nameless": "vllm_name = 'method'",
+        "Methodless": "name = 'methodless'",
+    }
     sources = [f"class {name}(QuantFormat):\n    {body}" for name, body in classes.items()]
     (site / "announced_formats.py").write_text("\n\n".join(["from quant_core import *", *sources]))
 
@@ -210,14 +216,21 @@ def test_a_format_may_be_announced_twice(announce: Callable[[str, str], None]) -
     assert list(listed) == sorted(listed)
 
 
-def test_two_formats_of_one_name(announce: Callable[[str, str], None], folder: CheckpointFolder) -> None:
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [("Two", "two formats are called 'one'"), ("SameMethod", "two formats claim vLLM's method 'method'")],
+)
+def test_two_formats_that_claim_one_name(
+    second: str, told: str, announce: Callable[[str, str], None], folder: CheckpointFolder
+) -> None:
     announce("first", "announced_formats:One")
-    announce("second", "announced_formats:Two")
+    announce("second", f"announced_formats:{second}")
     for ask in (list_formats, lambda: detect_formats(folder)):
-        with pytest.raises(RegistrationError, match="two formats are called 'one'") as raised:
+        with pytest.raises(RegistrationError, match=told) as raised:
             ask()
         assert "announced_formats.One" in str(raised.value)
-        assert "announced_formats.Two" in str(raised.value)
+        assert f"announced_formats.{second}" in str(raised.value)
+        assert "uninstall the package of one of them" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +240,7 @@ def test_two_formats_of_one_name(announce: Callable[[str, str], None], folder: C
         ("announced_formats:list_formats", "is not a QuantFormat"),
         ("announced_formats", "is not a QuantFormat"),
         ("announced_formats:Nameless", "is not a QuantFormat with a name"),
+        ("announced_formats:Methodless", "is not a QuantFormat with a name and a vllm_name"),
         ("announced_formats:Absent", "what third announces cannot be imported"),
         ("nothing_of_this_name:One", "what third announces cannot be imported"),
     ],

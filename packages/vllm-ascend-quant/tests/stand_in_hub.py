@@ -5,6 +5,7 @@ It knows what their clients ask for when they list and download a model, and not
 
 import hashlib
 import json
+import re
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,7 @@ class StandInHub:
         url: its address.
         requests: method and path of everything that was asked.
         closed: repositories that exist, but refuse whoever asks.
+        mute: repositories that are listed and hand out files, but say nothing about themselves.
 
     """
 
@@ -36,8 +38,9 @@ class StandInHub:
         self.repositories = repositories
         self.requests: list[tuple[str, str]] = []
         self.closed: set[str] = set()
+        self.mute: set[str] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
@@ -48,10 +51,22 @@ class StandInHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def files_sent(self, repository: str) -> Counter[str]:
-        """How often each file's content was sent."""
-        paths = [path for method, path in self.requests if method == "GET"]
-        return Counter(p.rpartition("/")[2] for p in paths if p.startswith(f"/{repository}/resolve/"))
+    def since(self, mark: str) -> list[str]:
+        """What was asked between a request for the path `mark` and the next mark."""
+        paths = [f"{method} {path}" for method, path in self.requests]
+        rest = paths[paths.index(f"GET /mark/{mark}") + 1 :]
+        end = next((i for i, path in enumerate(rest) if path.startswith("GET /mark/")), len(rest))
+        return rest[:end]
+
+
+def files_sent(requests: list[str]) -> Counter[str]:
+    """How often each file's content was sent."""
+    contents = [r for r in requests if r.startswith("GET") and ("/resolve/" in r or "FilePath=" in r)]
+    return Counter(re.split("[/=]", request)[-1] for request in contents)
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64  # clients come with many threads at once
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -74,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
-        self.hub.requests.append((self.command, path))
+        self.hub.requests.append((self.command, unquote(self.path) if path.endswith("/repo") else path))
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             self._hugging_face_api("/".join(parts[2:4]), parts[4:])
@@ -102,13 +117,15 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _hugging_face_api(self, repository: str, rest: list[str]) -> None:
-        kind, revision = (rest + [None, None])[:2]
+        kind, revision = [*rest, None, None][:2]
         found = self._find(repository, revision)
         if found is None:
             return
         sha, folder = found
         files = sorted(p for p in folder.iterdir() if p.is_file())
-        if kind in {None, "revision"}:
+        if kind in {None, "revision"} and repository in self.hub.mute:
+            self._refuse(403, "Disabled")
+        elif kind in {None, "revision"}:
             siblings = [{"rfilename": p.name} for p in files]
             self._json({"id": repository, "sha": sha, "siblings": siblings, "private": False, "tags": []})
         elif kind == "tree":
@@ -128,7 +145,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, content, {"ETag": f'"{_entry(folder / name)["oid"]}"', "X-Repo-Commit": sha})
 
     def _modelscope(self, repository: str, rest: list[str], query: dict[str, str]) -> None:
-        raise NotImplementedError
+        revision = query.get("Revision")
+        found = self._find(repository, None if revision == "master" else revision)
+        if found is None:
+            return
+        sha, folder = found
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+        name = query.get("FilePath", "")
+        if rest == ["repo", "files"]:
+            self._data({"Files": [_modelscope_entry(p, sha) for p in files]})
+        elif rest == ["revisions"]:
+            branches = [{"Revision": name, "CreatedAt": 0} for name in self.hub.repositories[repository]]
+            self._data({"RevisionMap": {"Branches": branches, "Tags": []}})
+        elif rest == ["repo"] and (folder / name).is_file():
+            self._send(200, (folder / name).read_bytes(), {"Content-Type": "application/octet-stream"})
+        elif not rest:
+            self._data({"Path": repository, "Name": repository})
+        else:
+            self._refuse(404, "EntryNotFound")
+
+    def _data(self, content: Any) -> None:
+        self._json({"Code": 200, "Success": True, "Data": content})
 
     def _json(self, content: Any) -> None:
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -148,6 +185,12 @@ class _Handler(BaseHTTPRequestHandler):
 def _entry(file: Path) -> dict[str, Any]:
     """A file in a listing of the hub."""
     return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _blob_id(file)}
+
+
+def _modelscope_entry(file: Path, sha: str) -> dict[str, Any]:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    name = {"Name": file.name, "Path": file.name, "Type": "blob", "Revision": sha}
+    return {**name, "Size": file.stat().st_size, "Sha256": digest, "IsLFS": False, "CommittedDate": 0}
 
 
 def _blob_id(file: Path) -> str:

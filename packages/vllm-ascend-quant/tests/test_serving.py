@@ -19,7 +19,25 @@ DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
 MSMODELSLIM = DATA / "checkpoints" / "msmodelslim"
 
 #: The types that are served on linear layers.
-SERVED = {"FLOAT", "W8A8", "W8A8S", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A4_FLATQUANT_DYNAMIC"}
+SERVED = {
+    "FLOAT",
+    "W8A8",
+    "W8A8S",
+    "W8A8_DYNAMIC",
+    "W8A8_MIX",
+    "W8A16",
+    "W4A16",
+    "W4A8_DYNAMIC",
+    "W4A4_DYNAMIC",
+    "W4A4_FLATQUANT_DYNAMIC",
+    "WFP8AFP8_DYNAMIC",
+    "W8A8_MXFP8",
+    "W4A8_MXFP",
+    "W4A4_MXFP4",
+    "W4A4_MXFP4_SVD",
+    "W4A4_MXFP4_DUALSCALE",
+    "W4A4_MXFP4_FLATQUANT",
+}
 
 
 def described_types(folder: Path) -> set[str]:

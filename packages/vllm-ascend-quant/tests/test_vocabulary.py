@@ -22,16 +22,15 @@ import ranks
 
 #: Not a multiple of what vLLM pads vocabularies to.
 VOCABULARY = 500
+QWEN3 = ("qwen3", "Qwen3ForCausalLM")
 PROMPTS = [[1, *range(20, 60)], [1, *range(300, 320), 499]]
 SETTINGS = {"skip_tokenizer_init": True, "max_model_len": 128}
 WEIGHTS = ("lm_head.weight", "model.embed_tokens.weight")
 
 
-def make(folder: Path, quant_type: str, **config: Any) -> tuple[Path, Path]:
+def make(folder: Path, quant_type: str, architecture: tuple[str, str] = QWEN3) -> tuple[Path, Path]:
     """A checkpoint whose head and embedding are quantised, and a float one whose weights are their dequantised ones."""
-    model = architectures.build(
-        architectures.Architecture("qwen3", "Qwen3ForCausalLM", {"vocab_size": VOCABULARY, **config})
-    )
+    model = architectures.build(architectures.Architecture(*architecture, {"vocab_size": VOCABULARY}))
     model.save_pretrained(folder / "float")
     quantised = {name.removesuffix(".weight") for name in WEIGHTS}
     write_checkpoint(
@@ -74,6 +73,16 @@ def test_head_and_embedding_have_their_numbers(
     assert np.abs(found - expected).max() < 1e-4
     assert np.array_equal(reloaded, found)
     assert np.abs(logprobs(two) - expected).max() < 1e-4
+
+
+def test_an_embedding_without_a_name(tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    """vLLM's Llama gives its embedding none, so it is decided, and made again, once the model is built."""
+    quantised, plain = make(tmp_path, "W8A16", ("llama", "LlamaForCausalLM"))
+    (file,) = plain.glob("*.safetensors")
+    with load_model(quantised, **SETTINGS) as model:
+        layer = model.model.embed_tokens
+        assert isinstance(layer.quant_method, AscendEmbeddingMethod)
+        assert torch.equal(rows(layer, torch.arange(VOCABULARY)), load_file(file)["model.embed_tokens.weight"])
 
 
 def test_a_head_that_quantises_its_activations(tmp_path: Path, load_model: Callable[..., Any]) -> None:

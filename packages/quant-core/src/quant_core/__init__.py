@@ -6,7 +6,7 @@ from other packages. Nothing here knows an inference engine.
 
 from quant_core import ops as ops
 from quant_core.__about__ import __version__
-from quant_core.checkpoint import CheckpointFolder
+from quant_core.checkpoint import CheckpointFolder, PlannedFolder
 from quant_core.errors import (
     CheckpointError,
     LayerResolutionError,
@@ -40,6 +40,7 @@ __all__ = [
     "LoadError",
     "Param",
     "Partition",
+    "PlannedFolder",
     "QuantError",
     "QuantFormat",
     "RegistrationError",

@@ -5,7 +5,7 @@ of them are in the Hugging Face cache; what may not leave the folder are names t
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -200,3 +200,18 @@ class CheckpointFolder:
                 expected="names of files in the folder",
                 todo="do not use this checkpoint unless you know why it does that",
             )
+
+
+class PlannedFolder(CheckpointFolder):
+    """A folder whose weights are not there and not needed, so that nothing is known of tensors but their names.
+
+    A format that can tell from its description alone what a model's modules are says so by `plan`.
+    """
+
+    weight_files = ()
+    tensors: Mapping[str, StoredTensor] = {}
+    modules: Mapping[str, StoredForm] = {}
+
+    def plan(self, modules: Iterable[str]) -> None:
+        """Make modules known; of what they store, the usual form of their type holds."""
+        self.modules = {module: StoredForm(module) for module in modules}

@@ -52,6 +52,8 @@ __all__ = [
 #: Entry-point group in which packages announce QuantFormat classes.
 ENTRY_POINT_GROUP = "quant_core.formats"
 
+_ONE_TOO_MANY = "uninstall the package of one of them"
+
 
 class QuantFormat(ABC):
     """One checkpoint format.
@@ -96,7 +98,8 @@ class QuantFormat(ABC):
 
     def stored_forms(self, modules: Sequence[str]) -> tuple[StoredForm, ...]:
         """What the files hold for each module."""
-        return tuple(self.folder.modules.get(module, StoredForm(module)) for module in modules)
+        known = self.folder.modules
+        return tuple(known[module] if module in known else StoredForm(module) for module in modules)
 
     def create_scheme_for_layer(self, query: LayerQuery) -> Scheme | None:
         """The scheme that serves a layer, checked against limits and files; None for a float layer.
@@ -180,23 +183,28 @@ def list_formats() -> dict[str, type[QuantFormat]]:
 
     Raises:
         RegistrationError: if a package announces something that is no format or cannot be imported, or two announce
-            one name.
+            one name or one method of vLLM.
 
     """
     formats: dict[str, type[QuantFormat]] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         found = load_announced(entry)
-        if not (isinstance(found, type) and issubclass(found, QuantFormat) and hasattr(found, "name")):
+        named = hasattr(found, "name") and hasattr(found, "vllm_name")
+        if not (isinstance(found, type) and issubclass(found, QuantFormat) and named):
             raise RegistrationError(
-                f"entry point {entry.name!r} = {entry.value!r} is not a QuantFormat with a name", found=found
+                f"entry point {entry.name!r} = {entry.value!r} is not a QuantFormat with a name and a vllm_name",
+                found=found,
             )
-        other = formats.setdefault(found.name, found)
-        if other is not found:
-            raise RegistrationError(
-                f"two formats are called {found.name!r}",
-                found=f"{origin(other)} and {origin(found)}",
-                todo="uninstall the package of one of them",
-            )
+        formats.setdefault(found.name, found)
+        for other in formats.values():
+            if other is found:
+                continue
+            both = f"{origin(other)} and {origin(found)}"
+            if other.name == found.name:
+                raise RegistrationError(f"two formats are called {found.name!r}", found=both, todo=_ONE_TOO_MANY)
+            if other.vllm_name == found.vllm_name:
+                method = found.vllm_name
+                raise RegistrationError(f"two formats claim vLLM's method {method!r}", found=both, todo=_ONE_TOO_MANY)
     return dict(sorted(formats.items()))
 
 

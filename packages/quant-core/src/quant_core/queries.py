@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -17,9 +17,8 @@ class Detection:
     reason: str
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """The entry that a decision rests on."""
+class Evidence(NamedTuple):
+    """The entry that a decision rests on. A tuple, because large models have tens of thousands."""
 
     file: str
     key: str

@@ -9,10 +9,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant_core.ops.cpu import int8_gemm
-from quant_core.ops.cpu.int8_gemm import CANDIDATES, choose, float32_chunks, int_mm, milliseconds, refusal, report
+from quant_core.ops.cpu.int8_gemm import (
+    CANDIDATES,
+    SAMPLES,
+    choose,
+    float32_blocks,
+    int_mm,
+    int_mm_swapped,
+    milliseconds,
+    refusal,
+    report,
+)
 
 RIGHT = [candidate for candidate in CANDIDATES if refusal(candidate) is None]
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (17, 33, 65), (32, 1025, 16), (16, 4095, 8), (128, 256, 64), (1, 2049, 3)]
+# More rows and columns than `float32_blocks` takes at a time, with a rest.
+SHAPES += [(257, 300, 70), (600, 40, 9), (2, 16, 70_000), (5, 20_000, 130)]
 
 
 def exact(a: Tensor, b: Tensor) -> Tensor:
@@ -59,13 +71,13 @@ def sums_in_float16(a: Tensor, b: Tensor) -> Tensor:
 
 def wrong_for_one_row(a: Tensor, b: Tensor) -> Tensor:
     """A product whose separate path for decoding is wrong."""
-    return saturating_pairs(a, b) if a.shape[0] == 1 else float32_chunks(a, b)
+    return saturating_pairs(a, b) if a.shape[0] == 1 else float32_blocks(a, b)
 
 
 def wrong_in_the_rest(a: Tensor, b: Tensor) -> Tensor:
     """A product that drops what does not fill a block of four."""
     k = a.shape[1] // 4 * 4
-    return float32_chunks(a[:, :k], b[:k])
+    return float32_blocks(a[:, :k], b[:k])
 
 
 def unavailable(a: Tensor, b: Tensor) -> Tensor:
@@ -89,15 +101,15 @@ def test_the_portable_product_is_exact_everywhere(m: int, k: int, n: int, transp
     generator = torch.Generator().manual_seed(seed)
     a = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
     b = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator).t()
-    got = float32_chunks(a, b if transposed else b.contiguous())
+    got = float32_blocks(a, b if transposed else b.contiguous())
     assert torch.equal(got.to(torch.int64), exact(a, b))
 
 
-@pytest.mark.parametrize("candidate", [int_mm, onednn_u8, saturating_pairs])
+@pytest.mark.parametrize("candidate", [int_mm, int_mm_swapped, onednn_u8, saturating_pairs])
 def test_the_probe_knows_whether_a_product_is_right_here(candidate: Callable[..., Tensor]) -> None:
     """Its verdict is compared with what happens to ordinary data on this processor, whichever it is."""
     wrong = 0
-    for shape in SHAPES[1:]:
+    for shape in SHAPES[1:8]:
         for kind in ("uniform", "extreme"):
             a, b = operands(*shape, kind)
             wrong += int((candidate(a, b).to(torch.int64) != exact(a, b)).sum())
@@ -121,28 +133,55 @@ def test_a_product_that_torch_lacks_is_refused_with_its_words() -> None:
     assert refusal(unavailable) == "'some_kernel' not implemented for 'Char'"
 
 
-def test_the_fastest_right_product_serves() -> None:
-    """`torch._int_mm` without VNNI and oneDNN is right and a plain loop."""
-    assert choose() in RIGHT
-    assert milliseconds(choose()) == min(milliseconds(candidate) for candidate in RIGHT)
+@pytest.mark.parametrize(("rows", "sample"), [(1, 1), (15, 1), (16, 16), (255, 16), (256, 256), (5000, 256)])
+def test_the_fastest_right_product_serves(rows: int, sample: int) -> None:
+    """`torch._int_mm` without VNNI is right and a plain loop."""
+    assert choose(rows) in RIGHT
+    assert milliseconds(choose(rows), sample) == min(milliseconds(candidate, sample) for candidate in RIGHT)
 
 
 def test_the_report_names_every_candidate() -> None:
-    verdicts, chosen = report(), int8_gemm.choose()
-    assert list(verdicts) == ["int_mm", "float32_chunks"]
-    assert [name for name, verdict in verdicts.items() if verdict == "serves"] == [chosen.__name__]
+    verdicts = report()
+    assert list(verdicts) == ["int_mm", "int_mm_swapped", "float32_blocks"]
+    for rows in SAMPLES:
+        serving = [name for name, verdict in verdicts.items() if f"from {rows}" in verdict.partition(" rows)")[0]]
+        assert choose(rows).__name__ in serving
     for candidate in CANDIDATES:
-        if candidate is not chosen:
-            assert verdicts[candidate.__name__].startswith(refusal(candidate) or "right, but takes")
+        assert verdicts[candidate.__name__].startswith(refusal(candidate) or ("right, but slower", "serves"))
 
 
 def test_a_report_says_why_a_candidate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_gemm, "CANDIDATES", (unavailable, saturating_pairs, float32_chunks))
-    monkeypatch.setattr(int8_gemm, "choose", choose.__wrapped__)
+    monkeypatch.setattr(int8_gemm, "CANDIDATES", (unavailable, saturating_pairs, float32_blocks))
+    monkeypatch.setattr(int8_gemm, "_right", int8_gemm._right.__wrapped__)
+    monkeypatch.setattr(int8_gemm, "_fastest", int8_gemm._fastest.__wrapped__)
     verdicts = report()
-    assert verdicts["float32_chunks"] == "serves"
+    assert verdicts["float32_blocks"].startswith("serves (from 1, from 16, from 256 rows)")
     assert "not implemented" in verdicts["unavailable"]
     assert "wrong" in verdicts["saturating_pairs"]
+
+
+@pytest.mark.parametrize(("activation", "spans"), [(127, 4), (64, 2), (32, 1), (-128, 4), (0, 1)])
+def test_small_activations_need_fewer_cuts(activation: int, spans: int) -> None:
+    """Sums are exact in float32 up to 2^24 = 4096 * 32 * 128, whatever the weights are."""
+    rows = torch.full((3, 4096), float(activation))
+    cuts = list(int8_gemm._exact_spans(rows))
+    assert len(cuts) == spans
+    assert [low for low, _ in cuts] == [0, *(high for _, high in cuts[:-1])]
+    assert cuts[-1][1] == 4096
+    assert all((high - low) * abs(activation) * 128 <= 2**24 for low, high in cuts)
+
+
+def test_one_large_row_is_enough_for_a_cut() -> None:
+    rows = torch.zeros(5, 2048)
+    rows[3] = 127
+    assert list(int8_gemm._exact_spans(rows)) == [(0, 1024), (1024, 2048)]
+
+
+@pytest.mark.parametrize("candidate", RIGHT)
+def test_columns_of_a_weight(candidate: Callable[..., Tensor]) -> None:
+    """W8A8 multiplies by the columns of each member of a fused layer."""
+    a, b = operands(4, 1100, 90, "uniform")
+    assert torch.equal(candidate(a, b[:, 20:77]).to(torch.int64), exact(a, b[:, 20:77]))
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(0, 8, 4), (3, 8, 0), (3, 0, 4)])

@@ -37,3 +37,11 @@ def test_a_slice_of_a_larger_weight_gets_storage_of_its_own() -> None:
 def test_a_conversion_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(NotImplementedError, match="npu_format_cast"):
         npu.npu_format_cast(torch.zeros(4, 4, dtype=torch.uint8), FRACTAL_NZ, **options)
+
+
+def test_fp4_beside_fp8_keeps_its_bytes() -> None:
+    packed = torch.randint(0, 256, (6, 8), dtype=torch.uint8)
+    got = npu.npu_format_cast(packed, FRACTAL_NZ, customize_dtype=torch.float8_e4m3fn, input_dtype=296)
+    assert torch.equal(got, packed)
+    packed.fill_(0)
+    assert got.any()

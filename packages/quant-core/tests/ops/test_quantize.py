@@ -10,6 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quant_core.packing import unpack_eights
+
 npu = torch.ops.npu
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,8 +92,12 @@ def test_quantize_gives_rows_whatever_the_strides() -> None:
 
 def test_quantize_refuses_what_it_does_not_have() -> None:
     x = torch.randn(4, 8)
-    with pytest.raises(NotImplementedError, match="quint4x2"):
-        npu.npu_quantize(x, torch.tensor([0.1]), None, torch.quint4x2, -1, False)
+    with pytest.raises(NotImplementedError, match="qint32"):
+        npu.npu_quantize(x, torch.tensor([0.1]), None, torch.qint32, -1)
+    with pytest.raises(NotImplementedError, match="quint4x2"):  # as on the device, which only multiplies
+        npu.npu_quantize(x, torch.tensor([0.1]), None, torch.quint4x2, -1, True)
+    with pytest.raises(ValueError, match=r"\[4, 12\]"):
+        npu.npu_quantize(torch.randn(4, 12), torch.tensor([0.1]), None, torch.quint4x2, -1, False)
     with pytest.raises(ValueError, match="5 scales"):
         npu.npu_quantize(x, torch.rand(5), None, torch.qint8, -1)
     with pytest.raises(ValueError, match="dtype number 77"):
@@ -149,7 +155,7 @@ def test_dynamic_quant_of_what_is_no_number_spoils_its_row_only() -> None:
     [
         {"group_index": torch.tensor([4])},
         {"quant_mode": "pertensor"},
-        {"dst_type": torch.quint4x2},
+        {"dst_type": torch.qint32},
         {"dst_type_max": 7.0},
     ],
 )
@@ -218,3 +224,48 @@ def test_trans_quant_param_puts_the_offset_into_nine_bits(offset: float) -> None
 def test_trans_quant_param_has_the_longer_shape(scale: tuple[int], offset: tuple[int], shape: tuple[int]) -> None:
     got = npu.npu_trans_quant_param(torch.rand(scale), torch.rand(offset))
     assert (got.shape, got.dtype) == (shape, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 64), (7, 24), (129, 8), (33000, 8), (2, 3, 16)])
+def test_dynamic_quant_to_int4(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The largest magnitude of a token becomes 7; a zero token has scale 0 and zero codes."""
+    x = torch.randn(shape).to(dtype)
+    x.view(-1, shape[-1])[2:3] = 0
+    packed, scales = npu.npu_dynamic_quant(x, dst_type=torch.quint4x2)
+    exact = x.to(torch.float64)
+    want = exact.abs().amax(-1) / 7
+    assert (packed.shape, packed.dtype) == ((*shape[:-1], shape[-1] // 8), torch.int32)
+    assert (scales.shape, scales.dtype) == (shape[:-1], torch.float32)
+    assert torch.allclose(scales.to(torch.float64), want, rtol=2**-23, atol=0)
+    codes, safe = unpack_eights(packed), want.where(want > 0, 1)
+    if len(x):
+        check_rounding(codes, exact / safe[..., None])
+    assert torch.equal(codes.abs().amax(-1), torch.full(shape[:-1], 7, dtype=torch.int8).where(want > 0, 0))
+
+
+def test_the_smallest_numbers_saturate_in_int4() -> None:
+    """Their scale is rounded to a multiple of the smallest number, beyond which the codes must not wrap around."""
+    x = torch.tensor([[10, -10, 9, 1, 0, 0, 0, -1]]) * torch.tensor(2.0**-149)
+    packed, scale = npu.npu_dynamic_quant(x, dst_type=torch.quint4x2)
+    assert scale.item() == 2**-149
+    assert unpack_eights(packed).tolist() == [[7, -8, 7, 1, 0, 0, 0, -1]]
+
+
+def test_dynamic_quant_to_int4_smooths_and_wants_whole_int32() -> None:
+    x, smooth = torch.randn(5, 16), torch.rand(16) + 0.5
+    want = npu.npu_dynamic_quant(x * smooth, dst_type=torch.quint4x2)
+    torch.testing.assert_close(npu.npu_dynamic_quant(x, smooth_scales=smooth, dst_type=torch.quint4x2), want)
+    with pytest.raises(ValueError, match=r"\[5, 12\]"):
+        npu.npu_dynamic_quant(torch.randn(5, 12), dst_type=torch.quint4x2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("axis", "count"), [(-1, 16), (1, 16), (-2, 5), (-1, 1)])
+def test_quantize_to_int4_multiplies_and_saturates(dtype: torch.dtype, axis: int, count: int) -> None:
+    x, scales = (torch.randn(5, 16) * 9).to(dtype), torch.rand(count) + 0.5
+    got = npu.npu_quantize(x, scales, torch.tensor([1.0]), torch.quint4x2, axis, False)
+    codes = unpack_eights(got)
+    exact = x.to(torch.float64) * scales.to(torch.float64).reshape((-1, 1) if axis == -2 else (1, -1)) + 1
+    check_rounding(codes, exact, -8, 7)
+    assert (codes.min().item(), codes.max().item()) == (-8, 7)

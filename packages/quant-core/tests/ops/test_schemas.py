@@ -51,6 +51,8 @@ def test_an_operator_has_a_kernel_and_a_fake_function(name: str, key: str) -> No
         torch.quint4x2,
         torch.float8_e5m2,
         torch.float8_e4m3fn,
+        torch.float8_e8m0fnu,
+        torch.float4_e2m1fn_x2,
     ],
 )
 def test_the_number_of_a_dtype_is_what_torch_makes_of_it(dtype: torch.dtype) -> None:
@@ -69,5 +71,7 @@ def test_cann_s_numbers_and_dtypes_themselves_are_understood() -> None:
     assert dtype_of(291) == torch.float8_e5m2
     assert dtype_of(292) == torch.float8_e4m3fn
     assert dtype_of(torch.int8) == torch.int8
-    with pytest.raises(ValueError, match="dtype number 296"):
-        dtype_of(296)
+    assert dtype_of(293) == torch.float8_e8m0fnu
+    assert dtype_of(296) == torch.float4_e2m1fn_x2
+    with pytest.raises(ValueError, match="dtype number 290"):
+        dtype_of(290)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant_core.packing import pack_eights
+
 npu = torch.ops.npu
 
 M, K, N = 7, 80, 24
@@ -62,6 +64,25 @@ def test_per_group(dtype: torch.dtype, group: int, offset: bool) -> None:
     check(got, x, exact, None)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("along", ["k", "n"])
+@pytest.mark.parametrize("group", [0, 40])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_int4_in_int32_is_the_same_in_int8(dtype: torch.dtype, along: str, group: int, tokens: int) -> None:
+    """Packed along n as it lies, or along k and transposed; the shape tells, also where the strides do not."""
+    x, weight = torch.randn(tokens, K).to(dtype), torch.randint(-8, 8, (K, N), dtype=torch.int8)
+    shape = (K // group, N) if group else (N,)
+    scale, offset = (torch.rand(shape) / 10 + 0.01).to(dtype), torch.randint(-8, 8, shape).to(dtype)
+    packed = pack_eights(weight) if along == "n" else pack_eights(weight.t()).t()
+    weight = weight if along == "n" else weight.t().contiguous().t()  # float32 sums depend on how a matrix lies
+    options = {"bias": torch.randn(N).to(dtype), "antiquant_group_size": group}
+    want = npu.npu_weight_quant_batchmatmul(x, weight, scale, offset, **options)
+    for form in (packed, packed.contiguous()):
+        torch.testing.assert_close(
+            npu.npu_weight_quant_batchmatmul(x, form, scale, offset, **options), want, rtol=0, atol=0
+        )
+
+
 def test_the_offset_is_added() -> None:
     """Formats that subtract theirs must negate it."""
     got = npu.npu_weight_quant_batchmatmul(
@@ -81,7 +102,7 @@ def test_quantised_output() -> None:
     assert torch.equal(one, npu.npu_weight_quant_batchmatmul(x, weight, scale, None, quant_scale[:1].expand(N)))
 
 
-@pytest.mark.parametrize("shape", [(0, K), (1, K), (33000, K), (2, 3, K)])
+@pytest.mark.parametrize("shape", [(0, K), (1, K), (33000, K)])
 def test_any_number_of_tokens(shape: tuple[int, ...]) -> None:
     x, weight, scale = torch.randn(shape).to(torch.bfloat16), codes(8, K).t(), torch.rand(8).to(torch.bfloat16)
     got = npu.npu_weight_quant_batchmatmul(x, weight, scale)
@@ -91,10 +112,14 @@ def test_any_number_of_tokens(shape: tuple[int, ...]) -> None:
 
 def test_what_the_kernel_does_not_have_is_refused() -> None:
     x, weight, scale = torch.randn(M, K), codes(K, N), torch.ones(N)
-    with pytest.raises(NotImplementedError, match="int32"):
-        npu.npu_weight_quant_batchmatmul(x, weight.to(torch.int32), scale)
+    with pytest.raises(NotImplementedError, match="int16"):
+        npu.npu_weight_quant_batchmatmul(x, weight.to(torch.int16), scale)
+    with pytest.raises(ValueError, match=r"\[9, 24\] has not 80 input features"):
+        npu.npu_weight_quant_batchmatmul(x, weight[:9].to(torch.int32), scale)
     with pytest.raises(NotImplementedError):
         npu.npu_weight_quant_batchmatmul(x, weight, scale, weight_dtype=296)
+    with pytest.raises(ValueError, match=r"\[1, 3, 80\]"):
+        npu.npu_weight_quant_batchmatmul(torch.randn(1, 3, K), weight, scale)
 
 
 @pytest.mark.parametrize("wrong", ["scale", "offset"])

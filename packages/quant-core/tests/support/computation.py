@@ -1,12 +1,12 @@
 """What quant_core computes, for a comparison of two processes."""
 
 import torch
-from linear_forms import PARTITIONS, forms
+from linear_forms import LAYERS, forms
 from torch import Tensor
 
 
 def results() -> dict[str, list[Tensor]]:
-    """The results of all sample calls, and of all linear schemes in all forms, dtypes and partitions."""
+    """The results of all sample calls, and of all linear schemes in all forms, dtypes and kinds of layer."""
     torch.set_num_threads(1)
     torch.manual_seed(20240229)
     from operator_calls import CALLS  # draws its arguments
@@ -17,6 +17,6 @@ def results() -> dict[str, list[Tensor]]:
         found[label] = [result] if isinstance(result, Tensor) else list(result)
     for label, form in forms().items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for kind, partition in PARTITIONS.items():
-                found[f"{label}, {dtype}, {kind}"] = form.compute(dtype, partition)
+            for layer, options in LAYERS.items():
+                found[f"{label}, {dtype}, {layer}"] = form.compute(dtype, **options)
     return found

@@ -4,13 +4,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from mx_modules import dual_scale, mxfp4, mxfp4_flatquant, mxfp8, wfp8afp8
 from torch import Tensor
 
 from quant_core import AscendLinearScheme
+from quant_core.packing import pack_pairs
+from quant_core.schemes.linear.w4a4_dynamic import AscendW4A4DynamicLinearMethod
+from quant_core.schemes.linear.w4a4_flatquant_dynamic import AscendW4A4FlatQuantDynamicLinearMethod, get_decompose_dim
+from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod
+from quant_core.schemes.linear.w4a4_mxfp4_dualscale import AscendW4A4MXFP4DualScaleLinearMethod
+from quant_core.schemes.linear.w4a4_mxfp4_flatquant import AscendW4A4MXFP4FlatQuantLinearMethod
+from quant_core.schemes.linear.w4a8_dynamic import AscendW4A8DynamicLinearMethod
+from quant_core.schemes.linear.w4a8_mxfp import AscendW4A8MXFPLinearMethod
+from quant_core.schemes.linear.w4a16 import AscendW4A16LinearMethod
 from quant_core.schemes.linear.w8a8 import AscendW8A8LinearMethod
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
 from quant_core.schemes.linear.w8a8_mix import AscendW8A8MixLinearMethod
+from quant_core.schemes.linear.w8a8_mxfp8 import AscendW8A8MXFP8LinearMethod
 from quant_core.schemes.linear.w8a16 import AscendW8A16LinearMethod
+from quant_core.schemes.linear.wfp8afp8_dynamic import AscendW8A8FP8DynamicLinearMethod
 
 Stored = dict[str, Tensor]
 
@@ -73,14 +85,88 @@ def w8a16(
     return stored | ({"weight_offset": values.to(model)} if offset else {})
 
 
+def int4(*shape: int) -> Tensor:
+    """Random codes, one to a byte, with the largest of both signs among them."""
+    values = torch.randint(-8, 8, shape, dtype=torch.int8)
+    values.flatten()[:2] = torch.tensor([7, -8], dtype=torch.int8)[: values.numel()]
+    return values
+
+
+def w4a16(
+    out: int,
+    inputs: int,
+    groups: int = 1,
+    asymmetric: bool = False,
+    model: torch.dtype = torch.float32,
+    packed: bool = True,
+    offset: bool = True,
+) -> Stored:
+    """A W4A16 module, packed along the input features if its scales are per channel, else along the output features."""
+    values = torch.randint(-5, 5, (out, groups)) if asymmetric else torch.zeros(out, groups)
+    codes = int4(out, inputs)
+    return {
+        "weight": pack_pairs(codes, 1 if groups == 1 else 0) if packed else codes,
+        "weight_scale": (torch.rand(out, groups) / 10 + 1e-2).to(model),
+        **({"weight_offset": values.to(model)} if offset else {}),
+    }
+
+
+def w4a4_dynamic(out: int, inputs: int, groups: int = 1, model: torch.dtype = torch.float32) -> Stored:
+    """A W4A4_DYNAMIC module."""
+    scale = (torch.rand(out, groups) / 10 + 1e-2).to(model)
+    return {"weight": int4(out, inputs), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+
+
+def w4a8_dynamic(out: int, inputs: int, groups: int = 0, packed: bool = True, parts: int = 1) -> Stored:
+    """A W4A8_DYNAMIC module; with groups it has a second stage, without parts no scale_bias."""
+    codes, first = int4(out, inputs), torch.rand(out, 1) / 10 + 1e-2
+    stored = {
+        "weight": pack_pairs(codes, 0) if packed else codes,
+        "weight_scale": first,
+        "weight_offset": torch.zeros_like(first),
+    }
+    second = torch.rand(out, groups) + 0.5 if groups else torch.ones(out, 1)
+    if groups:
+        stored["weight_scale_second"] = second
+        stored["weight_offset_second"] = torch.zeros(second.shape, dtype=torch.int64)
+    if parts:
+        weight = codes * (first * second).repeat_interleave(inputs // second.shape[1], dim=1)
+        stored["scale_bias"] = 8 * weight.unflatten(1, (parts, -1)).sum(dim=-1)
+    return stored
+
+
+def flatquant(out: int, inputs: int, clip_ratio: float | None = None, right: bool = True) -> Stored:
+    """A W4A4_FLATQUANT_DYNAMIC module: the clip ratio is its own, the matrices those of all with so many inputs."""
+    generator = torch.Generator().manual_seed(inputs)
+    sizes = get_decompose_dim(inputs)
+    matrices = [torch.linalg.qr(torch.randn(size, size, generator=generator)).Q.contiguous() for size in sizes]
+    stored = {
+        "weight": torch.randint(-8, 8, (out, inputs), dtype=torch.int8),
+        "weight_scale": torch.rand(out, 1) / 100 + 1e-3,
+        "weight_offset": torch.zeros(out, 1),
+        "left_trans": matrices[0],
+        "clip_ratio": torch.tensor([1 - out / 1000 if clip_ratio is None else clip_ratio]),
+    }
+    return stored | ({"right_trans": matrices[1]} if right else {})
+
+
 @dataclass(frozen=True)
 class Case:
-    """A scheme, a form of its stored tensors, and a model dtype."""
+    """A scheme, a form of its stored tensors, and a model dtype.
+
+    Attributes:
+        distinct_scales: members of a fused layer have input scales of their own.
+        device: whose run-time form the weight takes.
+        error: how far outputs may be from those of the dequantised weight, relative to their norm.
+
+    """
 
     scheme: type[AscendLinearScheme]
     make: Callable[..., Stored]
     dtype: torch.dtype = torch.float32
     distinct_scales: bool = False
+    device: str = "cpu"
+    error: float = 0.02
 
     def members(self, sizes: tuple[int, ...], inputs: int) -> list[Stored]:
         """Stored modules of these output sizes."""
@@ -90,6 +176,17 @@ class Case:
 
 BF16, F16 = torch.bfloat16, torch.float16
 Static, Dynamic, WeightOnly = AscendW8A8LinearMethod, AscendW8A8DynamicLinearMethod, AscendW8A16LinearMethod
+Int4WeightOnly, Int4Dynamic, Mixed = (
+    AscendW4A16LinearMethod,
+    AscendW4A4DynamicLinearMethod,
+    AscendW4A8DynamicLinearMethod,
+)
+FP8, DualScale, FlatQuantMX = (
+    AscendW8A8FP8DynamicLinearMethod,
+    AscendW4A4MXFP4DualScaleLinearMethod,
+    AscendW4A4MXFP4FlatQuantLinearMethod,
+)
+NPU = "910B"
 
 CASES = {
     "W8A8": Case(Static, w8a8),
@@ -103,10 +200,43 @@ CASES = {
     "W8A8_DYNAMIC legacy": Case(Dynamic, lambda *a: w8a8_dynamic(*a, model=BF16, offset=False), BF16),
     "W8A8_DYNAMIC groups": Case(Dynamic, lambda out, inputs: w8a8_dynamic(out, inputs, groups=inputs // 16)),
     "W8A8_MIX": Case(AscendW8A8MixLinearMethod, w8a8_mix, BF16),
+    "W4A4_FLATQUANT_DYNAMIC": Case(AscendW4A4FlatQuantDynamicLinearMethod, flatquant, error=0.15),
+    "W4A4_FLATQUANT_DYNAMIC bf16": Case(AscendW4A4FlatQuantDynamicLinearMethod, flatquant, BF16, error=0.15),
+    "W4A4_FLATQUANT_DYNAMIC left only": Case(
+        AscendW4A4FlatQuantDynamicLinearMethod, lambda *a: flatquant(*a, right=False), F16, error=0.15
+    ),
     "W8A16": Case(WeightOnly, w8a16),
     "W8A16 bf16": Case(WeightOnly, w8a16, BF16),
     "W8A16 without offset": Case(WeightOnly, lambda *a: w8a16(*a, offset=False), F16),
     "W8A16 asymmetric": Case(WeightOnly, lambda *a: w8a16(*a, asymmetric=True, model=BF16), BF16),
     "W8A16 groups": Case(WeightOnly, lambda out, inputs: w8a16(out, inputs, inputs // 16)),
     "W8A16 asymmetric groups": Case(WeightOnly, lambda out, inputs: w8a16(out, inputs, inputs // 16, True), F16),
+    "W4A16": Case(Int4WeightOnly, w4a16),
+    "W4A16 asymmetric": Case(Int4WeightOnly, lambda *a: w4a16(*a, asymmetric=True, model=BF16), BF16),
+    "W4A16 groups": Case(Int4WeightOnly, lambda out, inputs: w4a16(out, inputs, inputs // 16, offset=False), F16),
+    "W4A16 unpacked groups": Case(Int4WeightOnly, lambda o, i: w4a16(o, i, i // 16, True, packed=False), BF16),
+    "W4A16 int32": Case(Int4WeightOnly, w4a16, BF16, device=NPU),
+    "W4A16 int32 groups": Case(Int4WeightOnly, lambda o, i: w4a16(o, i, i // 16, True), F16, device=NPU),
+    "W4A4_DYNAMIC": Case(Int4Dynamic, w4a4_dynamic, error=0.2),
+    "W4A4_DYNAMIC groups": Case(Int4Dynamic, lambda o, i: w4a4_dynamic(o, i, i // 16, BF16), BF16, error=0.2),
+    "W4A4_DYNAMIC int32": Case(Int4Dynamic, w4a4_dynamic, BF16, device=NPU, error=0.2),
+    "W4A4_DYNAMIC groups on an NPU": Case(Int4Dynamic, lambda o, i: w4a4_dynamic(o, i, 2), F16, device=NPU, error=0.2),
+    "W4A8_DYNAMIC": Case(Mixed, w4a8_dynamic),
+    "W4A8_DYNAMIC two stages": Case(Mixed, lambda o, i: w4a8_dynamic(o, i, i // 16, parts=16), BF16),
+    "W4A8_DYNAMIC unpacked": Case(Mixed, lambda o, i: w4a8_dynamic(o, i, i // 16, packed=False, parts=0), F16),
+    "W4A8_DYNAMIC int32": Case(Mixed, lambda o, i: w4a8_dynamic(o, i, parts=i), BF16, device=NPU),
+    "W4A8_DYNAMIC two stages int32": Case(Mixed, lambda o, i: w4a8_dynamic(o, i, 2, parts=16), F16, device=NPU),
+    "WFP8AFP8_DYNAMIC": Case(FP8, wfp8afp8, error=0.05),
+    "WFP8AFP8_DYNAMIC bf16": Case(FP8, lambda *a: wfp8afp8(*a, model=BF16, offset=False), BF16, error=0.05),
+    "W8A8_MXFP8": Case(AscendW8A8MXFP8LinearMethod, mxfp8, error=0.05),
+    "W8A8_MXFP8 bf16": Case(AscendW8A8MXFP8LinearMethod, mxfp8, BF16, error=0.05),
+    "W4A8_MXFP": Case(AscendW4A8MXFPLinearMethod, mxfp4, F16, error=0.05),
+    "W4A4_MXFP4": Case(AscendW4A4MXFP4LinearMethod, mxfp4, error=0.2),
+    "W4A4_MXFP4 bf16": Case(AscendW4A4MXFP4LinearMethod, mxfp4, BF16, error=0.2),
+    "W4A4_MXFP4_DUALSCALE": Case(DualScale, dual_scale, error=0.2),
+    "W4A4_MXFP4_DUALSCALE groups": Case(DualScale, lambda o, i: dual_scale(o, i, max(1, i // 64)), BF16, error=0.2),
+    "W4A4_MXFP4_FLATQUANT": Case(FlatQuantMX, lambda *a: mxfp4_flatquant(*a, flatquant(*a)), error=0.2),
+    "W4A4_MXFP4_FLATQUANT left only": Case(
+        FlatQuantMX, lambda *a: mxfp4_flatquant(*a, flatquant(*a, right=False)), BF16, error=0.2
+    ),
 }

@@ -1,6 +1,7 @@
 """All registered linear schemes in the forms that we know: those of its cases, one drawn from what it declares."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from linear_cases import CASES, Case
@@ -8,12 +9,14 @@ from torch import Tensor
 from workbench import Stored, Workbench
 
 from quant_core import AscendLinearScheme, Partition, list_schemes
+from quant_core.devices import planned_device
 
-#: max_over_ranks as one rank of equal ones computes it: then a scheme quantises for *exact TP*.
-PARTITIONS = {
-    "whole": Partition(),
-    "row": Partition("row", 0, 2),
-    "row, exact TP": Partition("row", 0, 2, max_over_ranks=lambda values: values),
+#: Options of the layer. max_over_ranks is what one of two equal ranks finds: with it a scheme quantises for *exact TP*.
+LAYERS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "decode": {"role": "decode"},
+    "row": {"partition": Partition("row", 0, 2)},
+    "row, exact TP": {"partition": Partition("row", 0, 2, max_over_ranks=lambda values: values)},
 }
 
 
@@ -24,19 +27,26 @@ class Form:
     scheme_class: type[AscendLinearScheme]
     case: Case | None = None
 
-    def compute(self, dtype: torch.dtype, partition: Partition) -> list[Tensor]:
-        """Everything that a layer of two members computes, from the processing of its weights on."""
-        bench, sizes, inputs = Workbench(), (128, 64), 512
-        scheme = self.scheme_class.create(
-            bench.context(members := self.members(sizes, inputs), dtype, partition, sizes=sizes, inputs=inputs)
-        )
-        assert self.scheme_class.can_serve(scheme.context) == []
+    def compute(self, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+        """Everything that a layer of two members computes, from the processing of its weights on.
+
+        Nothing if the layer is to be cut and the type refuses that, which is not said of any other layer.
+        """
+        bench, sizes, inputs = Workbench(), (128, 64), 1024
+        members = self.members(sizes, inputs)
+        context = bench.context(members, dtype, sizes=sizes, inputs=inputs, **options)
+        refusals = self.scheme_class.can_serve(context)
+        if refusals and context.partition.size > 1:
+            return []
+        assert refusals == []
+        scheme = self.scheme_class.create(context)
         layer = bench.load(scheme, members)
-        scheme.process_weights_after_loading(layer)
-        width = inputs // partition.input_parts
+        with planned_device(self.case.device if self.case else "cpu"):
+            scheme.process_weights_after_loading(layer)
+        width = inputs // context.partition.input_parts
         bias = None if scheme.folds_bias else torch.randn(sum(sizes)).to(dtype)
         rows, batches = torch.randn(5, width).to(dtype), torch.randn(2, 3, width).to(dtype)
-        return [scheme.apply(layer, rows, bias), scheme.apply(layer, batches), scheme.apply(layer, rows[:0])]
+        return [scheme.apply(layer, rows, bias), scheme.apply(layer, batches)]
 
     def members(self, sizes: tuple[int, ...], inputs: int) -> list[Stored]:
         """Stored modules of these output sizes."""

@@ -25,19 +25,26 @@ class Workbench:
         partition: Partition | None = None,
         sizes: Sequence[int] = (),
         inputs: int = 0,
+        scheme_class: type[AscendLinearScheme] | None = None,
         **options: Any,
     ) -> LayerContext:
-        """A layer that is fused from stored modules. Without sizes it is as large as their weights."""
+        """A layer that is fused from stored modules.
+
+        Without sizes it is as large as their weights, or, where a scheme class tells how those are packed, larger.
+        """
         partition = partition or Partition()
         parts = partition.size if partition.kind == "column" else 1
-        sizes = sizes or [member["weight"].shape[0] for member in members]
+        stored = tuple(self.form(f"m{i}", member) for i, member in enumerate(members))
+        told = [scheme_class.stored_sizes(form) if scheme_class else None for form in stored]
+        shapes = [size or tuple(m["weight"].shape)[::-1] for size, m in zip(told, members, strict=True)]
+        sizes = sizes or [output for _, output in shapes]
         return LayerContext(
             name="layers.0.proj",
             layer_type="linear",
             shards=tuple(Shard(f"m{i}", size, size // parts) for i, size in enumerate(sizes)),
-            input_size=inputs or members[0]["weight"].shape[1],
+            input_size=inputs or shapes[0][0],
             params_dtype=dtype,
-            stored=tuple(self.form(f"m{i}", member) for i, member in enumerate(members)),
+            stored=stored,
             partition=partition,
             **options,
         )
@@ -101,7 +108,7 @@ class Workbench:
         self, scheme_class: type[AscendLinearScheme], members: Sequence[Stored], **options: Any
     ) -> tuple[AscendLinearScheme, nn.Module]:
         """A scheme and its processed layer; options are those of `context`."""
-        scheme = scheme_class.create(self.context(members, **options))
+        scheme = scheme_class.create(self.context(members, scheme_class=scheme_class, **options))
         layer = self.load(scheme, members)
         scheme.process_weights_after_loading(layer)
         return scheme, layer

@@ -115,23 +115,25 @@ class Description:
         """
         if not isinstance(content, dict):
             raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object of tensor names")
-        types: dict[str, str] = {}
         attention: dict[str, str] = {}
         general: dict[str, Any] = {}
         wrong: list[str] = []
         prefix = _common_prefix(content)
+        # Nearly all entries are plain, and large models have very many: only the others are looked at closely.
+        types: dict[str, str] = dict(content)
         for key, value in content.items():
-            name = key.removeprefix(prefix) if prefix else key
+            if "." in key and isinstance(value, str) and value and _ATTENTION_SUFFIX not in key and not prefix:
+                continue
+            name = key.removeprefix(prefix)
+            if "." in name and isinstance(value, str) and value and not key.endswith(_ATTENTION_SUFFIX):
+                continue
+            del types[key]
             if "." not in name:
                 general[name] = value
-            elif value is None:
-                continue
-            elif not isinstance(value, str) or not value:
-                wrong.append(f"{key}: {value!r}")
-            elif key.endswith(_ATTENTION_SUFFIX):
+            elif isinstance(value, str) and value:
                 attention[key.removesuffix(_ATTENTION_SUFFIX)] = value
-            else:
-                types[key] = value
+            elif value is not None:
+                wrong.append(f"{key}: {value!r}")
         if wrong:
             raise CheckpointError(
                 f"{file} gives {len(wrong)} tensors something else than a type: {listing(wrong)}",

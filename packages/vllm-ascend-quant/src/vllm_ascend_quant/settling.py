@@ -149,17 +149,15 @@ def _apply_decision(
             return False
     elif quant.quant_type is None:
         return False
-    logger.info("%s: decided by its path in the model, vLLM had named it %r while building", path, layer.prefix)
+    name = compat.build_name(layer)
+    logger.info("%s: decided by its path in the model, vLLM had named it %r while building", path, name)
     for name in list(layer._parameters):
         if name != "bias":
             delattr(layer, name)
     layer.quant_method = config.method(layer, path, quant)
     layer.quant_method.create_weights(
         layer,
-        getattr(layer, "input_size_per_partition", layer.input_size),
-        layer.output_partition_sizes,
-        layer.input_size,
-        layer.output_size,
+        *compat.weight_sizes(layer),
         layer.params_dtype,
         weight_loader=getattr(layer, "weight_loader_v2", layer.weight_loader),
     )

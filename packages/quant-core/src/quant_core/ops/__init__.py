@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quant_core.ops import shapes
-from quant_core.ops.cpu import layout, matmul, quantize
+from quant_core.ops.cpu import float_matmul, int4, kronecker, layout, matmul, mx, quantize
 from quant_core.ops.schemas import SCHEMAS
 
 CPU_KERNELS: dict[str, Callable[..., Any]] = {
@@ -24,6 +24,11 @@ CPU_KERNELS: dict[str, Callable[..., Any]] = {
     "npu_trans_quant_param": quantize.npu_trans_quant_param,
     "npu_weight_quant_batchmatmul": matmul.npu_weight_quant_batchmatmul,
     "npu_format_cast": layout.npu_format_cast,
+    "npu_convert_weight_to_int4pack": int4.npu_convert_weight_to_int4pack,
+    "npu_kronecker_quant": kronecker.npu_kronecker_quant,
+    "npu_dynamic_mx_quant": mx.npu_dynamic_mx_quant,
+    "npu_dynamic_dual_level_mx_quant": mx.npu_dynamic_dual_level_mx_quant,
+    "npu_dual_level_quant_matmul": float_matmul.npu_dual_level_quant_matmul,
 }
 
 #: torch_npu's version, or why its operators are not used.

@@ -6,6 +6,10 @@ A dtype argument reaches a kernel as an int: torch's ScalarType below 256, or 25
 
 import torch
 
+#: Numbers for dtypes that torch_npu's own kernels know by CANN's number only.
+FLOAT8_E8M0 = 293
+FLOAT4_E2M1 = 296
+
 _BY_NUMBER: dict[int, torch.dtype] = {
     0: torch.uint8,
     1: torch.int8,
@@ -20,8 +24,12 @@ _BY_NUMBER: dict[int, torch.dtype] = {
     16: torch.quint4x2,
     23: torch.float8_e5m2,
     24: torch.float8_e4m3fn,
+    44: torch.float8_e8m0fnu,
+    45: torch.float4_e2m1fn_x2,
     291: torch.float8_e5m2,
     292: torch.float8_e4m3fn,
+    FLOAT8_E8M0: torch.float8_e8m0fnu,
+    FLOAT4_E2M1: torch.float4_e2m1fn_x2,
 }
 
 

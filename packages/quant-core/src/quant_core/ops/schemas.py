@@ -25,4 +25,20 @@ SCHEMAS: dict[str, str] = {
     "npu_format_cast": (
         "(Tensor input, int acl_format, *, int? customize_dtype=None, int? input_dtype=None) -> Tensor"
     ),
+    "npu_convert_weight_to_int4pack": "(Tensor weight, int inner_k_tiles=0) -> Tensor",
+    "npu_kronecker_quant": (
+        "(Tensor x, Tensor kronecker_p1, Tensor kronecker_p2, float? clip_ratio=None, int? dst_dtype=None, "
+        "float? dst_type_max=None) -> (Tensor out, Tensor quant_scale)"
+    ),
+    "npu_dynamic_mx_quant": (
+        '(Tensor input, *, int axis=-1, str round_mode="rint", int dst_type=296, int block_size=32, int? scale_alg=0, '
+        "float dst_type_max=0., float max_low_bound=0.) -> (Tensor, Tensor)"
+    ),
+    "npu_dynamic_dual_level_mx_quant": (
+        '(Tensor input, *, Tensor? smooth_scale=None, str round_mode="rint") -> (Tensor, Tensor, Tensor)'
+    ),
+    "npu_dual_level_quant_matmul": (
+        "(Tensor x1, Tensor x2, Tensor x1_level0_scale, Tensor x2_level0_scale, Tensor x1_level1_scale, "
+        "Tensor x2_level1_scale, *, Tensor? bias=None, int output_dtype=15) -> Tensor"
+    ),
 }

@@ -48,7 +48,11 @@ def npu_quant_matmul(
     """[..., m, n]; without an output dtype it is int8."""
     batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
     dtype = torch.int8 if output_dtype is None else dtype_of(output_dtype)
-    return x1.new_empty((*batch, x1.shape[-2], x2.shape[-1]), dtype=dtype)
+    if x2_dtype is not None and dtype_of(x2_dtype) == torch.float4_e2m1fn_x2:
+        return x1.new_empty((*batch, x1.shape[-2], _fp4_columns(x1, x2, x1_dtype)), dtype=dtype)
+    # int4 is packed along n unless k of the two is equally short.
+    along_n = x2.dtype == torch.int32 and (x1.dtype != torch.int32 or x1.shape[-1] != x2.shape[-2])
+    return x1.new_empty((*batch, x1.shape[-2], x2.shape[-1] * (8 if along_n else 1)), dtype=dtype)
 
 
 def npu_trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> Tensor:
@@ -71,9 +75,10 @@ def npu_weight_quant_batchmatmul(
     inner_precise: int = 0,
     weight_dtype: int | None = None,
 ) -> Tensor:
-    """[..., m, n] in x's dtype, int8 if the output is quantised."""
+    """[m, n] in x's dtype, int8 if the output is quantised."""
     dtype = x.dtype if quant_scale is None else torch.int8
-    return x.new_empty((*x.shape[:-1], weight.shape[-1]), dtype=dtype)
+    along_n = weight.dtype == torch.int32 and weight.shape[0] == x.shape[1]  # int4 that is packed so
+    return x.new_empty((x.shape[0], weight.shape[-1] * (8 if along_n else 1)), dtype=dtype)
 
 
 def npu_format_cast(
@@ -81,6 +86,85 @@ def npu_format_cast(
 ) -> Tensor:
     """The logical shape does not change."""
     return torch.empty_like(input)
+
+
+def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
+    """Eight values to one."""
+    return weight.new_empty((*weight.shape[:-1], weight.shape[-1] // 8))
+
+
+def npu_kronecker_quant(
+    x: Tensor,
+    kronecker_p1: Tensor,
+    kronecker_p2: Tensor,
+    clip_ratio: float | None = None,
+    dst_dtype: int | None = None,
+    dst_type_max: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """int4 packed eight to an int32, and one float32 scale per token; or FP4 and pairs of exponents."""
+    if dst_dtype is not None and dtype_of(dst_dtype) == torch.float4_e2m1fn_x2:
+        count, n1, n2 = x.shape
+        codes = x.new_empty((count, n1 * n2 // 2), dtype=torch.uint8)
+        return codes, x.new_empty((count, -(-n1 * n2 // 64), 2), dtype=torch.uint8)
+    codes = x.new_empty((*x.shape[:-1], x.shape[-1] // 8), dtype=torch.int32)
+    return codes, x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def npu_dynamic_mx_quant(
+    input: Tensor,
+    *,
+    axis: int = -1,
+    round_mode: str = "rint",
+    dst_type: int = 296,
+    block_size: int = 32,
+    scale_alg: int | None = 0,
+    dst_type_max: float = 0.0,
+    max_low_bound: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """FP8 in the input's shape or FP4 two to a byte, and pairs of exponents along the axis."""
+    axis %= input.dim()
+    pairs = list(input.shape)
+    pairs[axis] = -(-pairs[axis] // (2 * block_size))
+    target = dtype_of(dst_type)
+    if target == torch.float4_e2m1fn_x2:
+        elements = input.new_empty((*input.shape[:-1], input.shape[-1] // 2), dtype=torch.uint8)
+    else:
+        elements = input.new_empty(input.shape, dtype=target)
+    return elements, input.new_empty((*pairs, 2), dtype=torch.uint8)
+
+
+def npu_dynamic_dual_level_mx_quant(
+    input: Tensor, *, smooth_scale: Tensor | None = None, round_mode: str = "rint"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FP4 two to a byte, a float32 factor per 512 values, and pairs of exponents."""
+    *rows, k = input.shape
+    return (
+        input.new_empty((*rows, k // 2), dtype=torch.uint8),
+        input.new_empty((*rows, -(-k // 512)), dtype=torch.float32),
+        input.new_empty((*rows, -(-k // 64), 2), dtype=torch.uint8),
+    )
+
+
+def npu_dual_level_quant_matmul(
+    x1: Tensor,
+    x2: Tensor,
+    x1_level0_scale: Tensor,
+    x2_level0_scale: Tensor,
+    x1_level1_scale: Tensor,
+    x2_level1_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    output_dtype: int = 15,
+) -> Tensor:
+    """[m, n] of x1 [m, k / 2] and x2 [n, k / 2]."""
+    return x1.new_empty((x1.shape[0], x2.shape[0]), dtype=dtype_of(output_dtype))
+
+
+def _fp4_columns(x1: Tensor, x2: Tensor, x1_dtype: int | None) -> int:
+    """n of an FP4 weight, which is packed along n if it has as many rows as x1 has values."""
+    packed = x1_dtype is not None and dtype_of(x1_dtype) == torch.float4_e2m1fn_x2
+    along_n = x2.shape[-2] == x1.shape[-1] * (2 if packed else 1)
+    return x2.shape[-1] * (2 if along_n else 1)
 
 
 def _quantised(input: Tensor, dtype: int) -> Tensor:

@@ -105,6 +105,21 @@ def matrices_of(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.reshape(-1, rows, columns), left, right
 
 
+def turned_back(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A float32 weight [out, k] for the input as it comes: left_trans · W · right_transᵀ for each row's W [L, R].
+
+    Args:
+        layer: holds the stored matrices.
+        weight: what is multiplied with the transformed input.
+
+    """
+    left = layer.get_parameter("left_trans").to(torch.float32)
+    turned: Tensor = left @ weight.unflatten(1, (left.shape[0], -1))
+    if "right_trans" in layer._parameters:
+        turned = turned @ layer.get_parameter("right_trans").to(torch.float32).t()
+    return turned.flatten(1)
+
+
 def _ratio(stored: Tensor) -> str | None:
     """ValueCheck of a clip ratio, which is stored as what a sigmoid returned."""
     if complaint := positive(stored):

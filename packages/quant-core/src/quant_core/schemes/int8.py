@@ -30,10 +30,13 @@ def int8_codes(weight: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> T
     return (weight.to(torch.float32) / scale + offset).round().clamp(-128, 127).to(torch.int8)
 
 
-def symmetric(weight: Tensor, groups: int) -> dict[str, Tensor]:
-    """The stored tensors of a weight [out, in] by the symmetric rule, in groups of input features; offsets are zero."""
+def symmetric(weight: Tensor, groups: int, maximum: int = 127) -> dict[str, Tensor]:
+    """The stored tensors of a weight [out, in], in groups of input features, whose largest magnitude becomes `maximum`.
+
+    Offsets are zero.
+    """
     rows = weight.reshape(weight.shape[0] * groups, -1)
-    row_scale = symmetric_scale(rows)
+    row_scale = symmetric_scale(rows, maximum)
     scale = row_scale.view(weight.shape[0], groups)
     codes = int8_codes(rows, row_scale).view(weight.shape)
     return {"weight": codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}

@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+from quant_core.ops.cpu.float_matmul import float_matmul
+from quant_core.ops.cpu.int4 import int8_operands, int8_weight
+from quant_core.ops.cpu.int4_gemm import int4_gemm, takes
 from quant_core.ops.cpu.int8_gemm import int8_gemm
 from quant_core.ops.cpu.quantize import fp19, saturated
+from quant_core.ops.cpu.w4a8 import w4a8_matmul
 from quant_core.ops.dtypes import dtype_of
 
 # Rows whose sums are scaled at a time.
@@ -32,8 +36,9 @@ def npu_quant_matmul(
     """(x1 @ x2 + int32 bias) * scale * pertoken_scale + float bias.
 
     Args:
-        x1: int8 [..., m, k].
-        x2: int8 [..., k, n].
+        x1: int8 [..., m, k], or int4 in int32 [..., m, k / 8].
+        x2: int8 [..., k, n], or int4 in int32 [..., k / 8, n] or [..., k, n / 8]. Of an int8 x1 and an int4 x2,
+            w4a8.py says what is computed; of FP8 and FP4 operands float_matmul.py.
         scale: one or n values; float32, bfloat16, or int64 as `npu_trans_quant_param` encodes it.
         offset: one or n float32 values, int8 output only.
         pertoken_scale: float32 [m].
@@ -50,11 +55,19 @@ def npu_quant_matmul(
         [..., m, n].
 
     Raises:
-        NotImplementedError: for operands other than int8, or another output dtype.
+        NotImplementedError: for operands other than int8 and int4, or another output dtype.
         ValueError: for arguments that have no place in the result.
 
     """
-    if x1.dtype != torch.int8 or x2.dtype != torch.int8 or group_sizes or y_scale is not None:
+    if (x1.is_floating_point() or x1.dtype == torch.uint8) and offset is None and y_scale is None:
+        dtypes = (output_dtype, x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype)
+        return float_matmul(x1, x2, scale, pertoken_scale, bias, *dtypes, group_sizes)
+    if x1.dtype == torch.int8 and x2.dtype == torch.int32:
+        return w4a8_matmul(x1, x2, scale, offset, pertoken_scale, bias, output_dtype, group_sizes)
+    packed = takes(x1, x2)
+    if x1.dtype == x2.dtype == torch.int32 and not packed:
+        x1, x2 = int8_operands(x1, x2)
+    if not (packed or x1.dtype == x2.dtype == torch.int8) or group_sizes or y_scale is not None:
         raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has int8 x int8, not {x1.dtype} x {x2.dtype}")
     target = torch.int8 if output_dtype is None else dtype_of(output_dtype)
     if target not in _TARGETS:
@@ -64,7 +77,7 @@ def npu_quant_matmul(
     unused = [name for name, given in _unused(target, offset, pertoken_scale, bias).items() if given]
     if unused:
         raise ValueError(f"npu_quant_matmul: an output in {target} does not use {', '.join(unused)}")
-    sums = _batched_gemm(x1, x2)
+    sums = int4_gemm(x1, x2) if packed else _batched_gemm(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         sums += bias
         bias = None
@@ -129,7 +142,7 @@ def npu_weight_quant_batchmatmul(
 
     Args:
         x: [m, k] floating.
-        weight: int8 [k, n].
+        weight: int8 [k, n], or int4 in int32 [k, n / 8] or [k / 8, n].
         antiquant_scale: in x's dtype: [1], [n], [1, n], or [ceil(k / group), n].
         antiquant_offset: as the scale.
         quant_scale: of an int8 output: [1] or [n].
@@ -143,10 +156,14 @@ def npu_weight_quant_batchmatmul(
         [m, n] in x's dtype, or int8.
 
     Raises:
-        NotImplementedError: for packed weights.
-        ValueError: for a scale or offset in another dtype than x, which the device refuses.
+        NotImplementedError: for weights of other types.
+        ValueError: for a scale or offset in another dtype than x, which the device refuses, or more axes than it takes.
 
     """
+    if x.dim() != 2:
+        raise ValueError(f"npu_weight_quant_batchmatmul: x has the shape {list(x.shape)}, the device takes [m, k] only")
+    if weight.dtype == torch.int32:
+        weight = int8_weight(weight, x.shape[1])
     if weight.dtype != torch.int8 or weight_dtype is not None:
         raise NotImplementedError(f"npu_weight_quant_batchmatmul: the CPU kernel has int8 weights, not {weight.dtype}")
     if any(t is not None and t.dtype != x.dtype for t in (antiquant_scale, antiquant_offset)):

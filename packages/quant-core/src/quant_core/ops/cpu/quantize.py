@@ -9,9 +9,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quant_core.ops.cpu import fp8
 from quant_core.ops.dtypes import dtype_of
+from quant_core.packing import pack_eights
 
-_RANGES = {torch.qint8: (-128, 127, torch.int8), torch.quint8: (0, 255, torch.uint8)}
+_RANGES = {
+    torch.qint8: (-128, 127, torch.int8),
+    torch.quint8: (0, 255, torch.uint8),
+    torch.quint4x2: (-8, 7, torch.int8),
+}
+
+#: What the largest magnitude of a token becomes.
+_MAXIMA = {torch.int8: 127, torch.qint8: 127, torch.quint4x2: 7}
 
 # Rows that are quantised at a time: their float32 values stay in the cache.
 _ROWS = 128
@@ -26,16 +35,18 @@ def npu_quantize(
         input: [..., k], floating.
         scales: one value, or one per index of the axis.
         zero_points: as scales.
-        dtype: qint8 (int8 codes) or quint8 (uint8 codes).
+        dtype: qint8 (int8 codes), quint8 (uint8 codes), or, with div_mode False, quint4x2 (int4 codes, eight along the
+            last axis to an int32).
         axis: the axis of scales. With div_mode False anything but -2 means the last one.
         div_mode: divide by the scales, or multiply.
 
     Raises:
         NotImplementedError: for another target type.
+        ValueError: for int4 codes that do not fill int32.
 
     """
     target = dtype_of(dtype)
-    if target not in _RANGES:
+    if target not in _RANGES or (div_mode and target == torch.quint4x2):
         raise NotImplementedError(f"npu_quantize: the CPU kernel has no {target}; it has {list(_RANGES)}")
     if not div_mode and axis != -2:
         axis = -1
@@ -49,7 +60,7 @@ def npu_quantize(
         if zero_point is not None:
             values += _part(zero_point, rows)
         codes[rows] = saturated(values, low, high)
-    return codes
+    return pack_eights(codes) if target == torch.quint4x2 else codes
 
 
 def npu_dynamic_quant(
@@ -61,22 +72,22 @@ def npu_dynamic_quant(
     quant_mode: str = "pertoken",
     dst_type_max: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Per-token symmetric int8: scale = max|x| / 127, codes = rint(x / scale); a zero row has scale 0.
+    """Per-token symmetric int8 or int4: scale = max|x| / 127 or / 7, codes = rint(x / scale); a zero row has scale 0.
 
     Args:
         input: [..., k], floating, at least two axes, as on the device.
         smooth_scales: [k], multiplied first.
         group_index: not supported on CPU.
-        dst_type: None or int8.
+        dst_type: None or int8; quint4x2 for int4; for float8_e4m3fn and float8_e5m2 see fp8.py.
         quant_mode: `pertoken` only.
         dst_type_max: not supported on CPU.
 
     Returns:
-        int8 codes [..., k] and float32 scales [...].
+        int8 codes [..., k], or int32 of eight int4 codes [..., k / 8], and float32 scales [...].
 
     Raises:
         NotImplementedError: for a mode that the CPU kernel does not have.
-        ValueError: for one axis.
+        ValueError: for one axis, or int4 codes that do not fill int32.
 
     """
     if input.dim() < 2:
@@ -86,25 +97,29 @@ def npu_dynamic_quant(
             f"npu_dynamic_quant: the CPU kernel has per-token quantisation only (quant_mode={quant_mode!r}, "
             f"group_index given: {group_index is not None}, dst_type_max={dst_type_max})"
         )
-    if dst_type is not None and dtype_of(dst_type) not in (torch.int8, torch.qint8):
+    target = torch.int8 if dst_type is None else dtype_of(dst_type)
+    if target in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return fp8.per_token(input, smooth_scales, target)
+    if target not in _MAXIMA:
         raise NotImplementedError(f"npu_dynamic_quant: the CPU kernel has no dst_type {dst_type}")
-    rows = input.flatten(0, -2).contiguous()
+    rows, maximum = input.flatten(0, -2).contiguous(), _MAXIMA[target]
     if rows.shape[0] <= _ROWS:  # decoding, where each further call of torch counts
-        codes, scales = _per_token(rows, smooth_scales)
+        codes, scales = _per_token(rows, smooth_scales, maximum)
     else:
         codes, scales = torch.empty(rows.shape, dtype=torch.int8), torch.empty(rows.shape[0], dtype=torch.float32)
         for block in _blocks(rows):
-            codes[block], scales[block] = _per_token(rows[block], smooth_scales)
-    return codes.view(input.shape), scales.view(input.shape[:-1])
+            codes[block], scales[block] = _per_token(rows[block], smooth_scales, maximum)
+    codes = codes.view(input.shape)
+    return pack_eights(codes) if target == torch.quint4x2 else codes, scales.view(input.shape[:-1])
 
 
-def _per_token(rows: Tensor, smooth_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+def _per_token(rows: Tensor, smooth_scales: Tensor | None, maximum: int) -> tuple[Tensor, Tensor]:
     values = rows.to(torch.float32)
     if smooth_scales is not None:
         values = values * smooth_scales.to(torch.float32)
-    scale = values.abs().amax(dim=-1).div_(127)
+    scale = values.abs().amax(dim=-1).div_(maximum)
     # A zero row divides by 0: its NaN become the code 0.
-    return saturated(values / scale[:, None]).to(torch.int8), scale
+    return saturated(values / scale[:, None], -maximum - 1, maximum).to(torch.int8), scale
 
 
 def _blocks(values: Tensor) -> Iterator[slice]:

@@ -13,6 +13,7 @@ from quant_core.schemes.flatquant import (
     transform_params,
     transform_reasons,
     transform_sizes,
+    turned_back,
 )
 from quant_core.schemes.int8 import int8_codes, symmetric_scale
 from quant_core.schemes.params import Param, float_values, int4, positive, replace_parameter, tensor_of, zero
@@ -27,6 +28,9 @@ __all__ = [
 
 #: Tokens of one call of the operator.
 _TOKENS = 32768
+
+#: Features of a matrix that it takes.
+_LARGEST = 256
 
 #: Rows of a weight that are packed at a time: the operator wants four bytes for each value.
 _ROWS = 256
@@ -109,6 +113,12 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         right_trans: model dtype [R, R]
     """
 
+    granularity = ("per channel",)
+    checked_against = ("qwen3/W4A4_FLATQUANT_DYNAMIC",)
+    supported_devices = ("910B", "910C", "950", "cpu")
+    granularity = ("per channel",)
+    checked_against = ("qwen3/W4A4_FLATQUANT_DYNAMIC",)
+
     _ratios: tuple[float, ...]
     _runs: tuple[tuple[float, int, int], ...]
 
@@ -119,10 +129,12 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         if context.input_size % 8:
             return [*reasons, f"{context.input_size} input features are not a multiple of 8, as int4 packing wants"]
         unfit = transform_reasons(context)
-        if not unfit and max(transform_sizes(context)) > 256:
-            unfit = [f"the operator takes matrices of up to 256, these are of {transform_sizes(context)}"]
-        elif not unfit and transform_sizes(context)[1] % 8:
-            unfit = [f"right_trans of {transform_sizes(context)[1]} is not a multiple of 8, as int4 packing wants"]
+        if not unfit:
+            left, right = transform_sizes(context)
+            if max(left, right) > _LARGEST:
+                unfit = [f"the operator takes matrices of up to {_LARGEST}, these are of {left} and {right}"]
+            elif right % 8:
+                unfit = [f"right_trans of {right} is not a multiple of 8, as int4 packing wants"]
         return reasons + unfit
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
@@ -194,14 +206,10 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
     def dequantize(self, layer: nn.Module) -> Tensor:
         """Weight times scale, turned back: left_trans · W · right_transᵀ for each output feature's W [L, R]."""
         weight = layer.get_parameter("weight").to(torch.float32) * float_values(layer.get_parameter("weight_scale"))
-        left = layer.get_parameter("left_trans").to(torch.float32)
-        turned = left @ weight.unflatten(1, (left.shape[0], -1))
-        if "right_trans" in layer._parameters:
-            turned = turned @ layer.get_parameter("right_trans").to(torch.float32).t()
-        return turned.flatten(1)
+        return turned_back(layer, weight)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Symmetric: the largest magnitude of a channel becomes 7. Without calibration the transform is the identity."""
+        """The largest magnitude of a channel becomes 7; without calibration the transform is the identity."""
         scale = symmetric_scale(weight, 7)
         stored = {"weight": int8_codes(weight, scale), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
         for name, param in transform_params(self.context).items():

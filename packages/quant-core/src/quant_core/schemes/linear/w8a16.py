@@ -1,5 +1,7 @@
 """W8A16: int8 weights, per output channel or per group, multiplied with activations in the model's dtype."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,9 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
         weight_scale: model dtype [g, out]
         weight_offset: model dtype [g, out], negated, since the operator adds it
     """
+
+    granularity = ("per channel", "per group")
+    checked_against: ClassVar[tuple[str, ...]] = ("qwen3/W8A16_ASYM", "qwen3/W8A16_GROUP64")
 
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
@@ -55,7 +60,7 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose everything; the operator wants scale and offset in the model's dtype."""
-        transpose_weight(layer)
+        self._process_weight(layer)
         dtype = self.context.params_dtype
         scale = float_values(layer.get_parameter("weight_scale").data)
         replace_parameter(layer, "weight_scale", scale.t().contiguous().to(dtype))
@@ -81,7 +86,7 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
 
     def dequantize(self, layer: nn.Module) -> Tensor:
         """(q - offset) · scale, group by group."""
-        weight = layer.get_parameter("weight").to(torch.float32)
+        weight = self._codes(layer).to(torch.float32)
         scale = float_values(layer.get_parameter("weight_scale"))
         length = weight.shape[1] // scale.shape[1]
         if hasattr(layer, "weight_offset"):
@@ -91,3 +96,10 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Symmetric per channel or group: the largest magnitude becomes 127."""
         return symmetric(weight, groups_of(self.context))
+
+    def _process_weight(self, layer: nn.Module) -> None:
+        transpose_weight(layer)
+
+    def _codes(self, layer: nn.Module) -> Tensor:
+        """q [out, in] from the stored weight."""
+        return layer.get_parameter("weight").data

@@ -1,5 +1,7 @@
 """W8A8_DYNAMIC: int8 weights with one scale per output channel, activations quantised per token at run time."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from quant_core.schemes.registry import register_scheme
 
 
 @register_scheme("W8A8_DYNAMIC", "linear")
+@register_scheme("W8A8_SVD_DYNAMIC", "linear")
 class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
     """y = (a qᵀ) · x_scale · weight_scale + bias, a = rint(x / x_scale), x_scale = max|x| / 127 per token.
 
@@ -24,6 +27,13 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
         weight: int8 [in, out]
         weight_scale: float32 [out], or [g, out]
     """
+
+    granularity = ("per channel", "per group")
+    checked_against: ClassVar[tuple[str, ...]] = (
+        "qwen3/W8A8_DYNAMIC_SHARDED",
+        "qwen2/W8A8_DYNAMIC",
+        "qwen3/W4A4_DYNAMIC_LAOS_ONLINE",
+    )
 
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
@@ -54,7 +64,7 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose weight and scale, drop the offset, which is zero."""
-        transpose_weight(layer)
+        self._process_weight(layer)
         scale = float_values(layer.get_parameter("weight_scale").data)
         replace_parameter(layer, "weight_scale", scale.flatten() if scale.shape[1] == 1 else scale.t().contiguous())
         if hasattr(layer, "weight_offset"):
@@ -85,6 +95,9 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
             )
             total += sums * scale[group]
         return total
+
+    def _process_weight(self, layer: nn.Module) -> None:
+        transpose_weight(layer)
 
     def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         max_over_ranks = self.context.partition.max_over_ranks

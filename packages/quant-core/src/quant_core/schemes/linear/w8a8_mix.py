@@ -21,6 +21,8 @@ class AscendW8A8MixLinearMethod(AscendLinearScheme):
     Run time: what the one of them keeps that serves here.
     """
 
+    granularity = ("per channel",)
+
     @classmethod
     def create(cls, context: LayerContext) -> Self:
         """Both, of which the instance's role chooses one."""

@@ -1,0 +1,79 @@
+"""int4 values in wider carriers: two to a byte, as checkpoints store them, eight to an int32, as operators take them.
+
+Nibbles are two's complement and the even value is the low one, so the bytes of a row of pairs are those of a row of
+eights (the machine must be little-endian, as all are that have an NPU).
+"""
+
+import torch
+from torch import Tensor
+
+
+def pack_pairs(values: Tensor, axis: int) -> Tensor:
+    """Two neighbours along an axis to a byte; of values beyond -8 to 7 the lowest four bits are taken.
+
+    Args:
+        values: integers [..., 2 s, ...].
+        axis: the axis that shrinks.
+
+    Returns:
+        int8 [..., s, ...].
+
+    Raises:
+        ValueError: for an odd number of values along the axis.
+
+    """
+    if values.shape[axis] % 2:
+        raise ValueError(f"{list(values.shape)}: an odd number of values on axis {axis} cannot be packed in pairs")
+    axis %= values.dim()
+    low, high = values.to(torch.int8).unflatten(axis, (values.shape[axis] // 2, 2)).unbind(axis + 1)
+    packed: Tensor = (low & 15) | (high << 4)
+    return packed
+
+
+def unpack_pairs(packed: Tensor, axis: int) -> Tensor:
+    """The values -8 to 7 of a packed axis.
+
+    Args:
+        packed: int8 [..., s, ...].
+        axis: the axis that grows.
+
+    Returns:
+        int8 [..., 2 s, ...].
+
+    """
+    # An int8 shifted to the right keeps its sign; the low nibble gets one by going through the high one.
+    axis %= packed.dim()
+    return torch.stack([(packed << 4) >> 4, packed >> 4], dim=axis + 1).flatten(axis, axis + 1)
+
+
+def pack_eights(values: Tensor) -> Tensor:
+    """Eight neighbours along the last axis to an int32; of values beyond -8 to 7 the lowest four bits are taken.
+
+    Args:
+        values: integers [..., 8 s].
+
+    Returns:
+        int32 [..., s].
+
+    Raises:
+        ValueError: if the last axis is no multiple of 8.
+
+    """
+    if values.shape[-1] % 8:
+        raise ValueError(f"{list(values.shape)}: the last axis cannot be packed in eights, as it is no multiple of 8")
+    if values.numel() == 0:  # nor can it be viewed in another dtype
+        return values.new_empty((*values.shape[:-1], values.shape[-1] // 8), dtype=torch.int32)
+    return pack_pairs(values, -1).contiguous().view(torch.int32)
+
+
+def unpack_eights(packed: Tensor) -> Tensor:
+    """The values -8 to 7 of a packed last axis.
+
+    Args:
+        packed: int32 [..., s].
+
+    Returns:
+        int8 [..., 8 s].
+
+    """
+    return unpack_pairs(packed.contiguous().view(torch.int8), -1)

@@ -1,0 +1,27 @@
+"""W4A4_MXFP4: FP4 weights and activations in blocks of 32 that share a power of two.
+
+W4A4_MXFP4_SVD stores the same; its low-rank part is an addition.
+"""
+
+from quant_core.schemes.mx import TO_FP4, MXLinearScheme
+from quant_core.schemes.registry import register_scheme
+
+
+@register_scheme("W4A4_MXFP4", "linear")
+@register_scheme("W4A4_MXFP4_SVD", "linear")
+class AscendW4A4MXFP4LinearMethod(MXLinearScheme):
+    """Activations: exponent floor(log2(max)) - 2 per block, elements to the nearest E2M1, ties away from zero, up to 6.
+
+    Stored:
+        weight: uint8 [out, in / 2], two E2M1 values to a byte, the first in its lower half
+        weight_scale: uint8 [out, ceil(in / 32)], exponents
+
+    Run time, both as views of what is stored:
+        weight: uint8 [in / 2, out]
+        weight_scale: uint8 [ceil(in / 64), out, 2]
+    """
+
+    granularity = ("blocks of 32",)
+    checked_against = ("qwen3/W4A4_MXFP4", "qwen3/W4A4_MXFP4_SVD")
+    weight_fp4 = True
+    quantisation = TO_FP4

@@ -1,0 +1,90 @@
+"""WFP8AFP8_DYNAMIC: FP8 weights with one scale per output channel, activations quantised per token at run time.
+
+W8A8FP8_DYNAMIC is vllm-ascend's name for it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.int8 import symmetric_scale
+from quant_core.schemes.mx import MX_DEVICES, fp8_weight
+from quant_core.schemes.params import Param, float_values, positive, replace_parameter, tensor_of, zero
+from quant_core.schemes.registry import register_scheme
+
+_LARGEST = 448.0
+
+
+@register_scheme("WFP8AFP8_DYNAMIC", "linear")
+@register_scheme("W8A8FP8_DYNAMIC", "linear")
+class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
+    """y = (a qᵀ) · x_scale · weight_scale + bias, a = E4M3(x / x_scale), x_scale = max|x| / 448 per token.
+
+    Stored:
+        weight: float8_e4m3fn [out, in]
+        weight_scale: float [out, 1]
+        weight_offset: float [out, 1], zero
+
+    Run time:
+        weight: float8_e4m3fn [in, out], a view of what is stored
+        weight_scale: float32 [out]
+    """
+
+    granularity = ("per channel",)
+    checked_against = ("qwen3/WFP8AFP8_DYNAMIC",)
+    supported_devices = MX_DEVICES
+
+    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight`."""
+        return {"weight": fp8_weight(input_size, output_size)}
+
+    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight_scale` and `weight_offset`."""
+        form, params = self.context.form, {}
+        for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", zero, 0.0)):
+            if name == "weight_scale" or form.has(name, default=True):
+                dtype = form.float_dtype(name)
+                params[name] = Param((output_size, 1), dtype, output_dim=0, check=check, dummy=dummy)
+        return params
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Transpose the weight, drop the offset, which is zero."""
+        replace_parameter(layer, "weight", layer.get_parameter("weight").data.t())
+        replace_parameter(layer, "weight_scale", float_values(layer.get_parameter("weight_scale").data).flatten())
+        if hasattr(layer, "weight_offset"):
+            del layer.weight_offset
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
+        """Two operators: quantise, multiply."""
+        codes, x_scale = self._quantise(x.reshape(-1, x.shape[-1]))
+        y: Tensor = torch.ops.npu.npu_quant_matmul(
+            codes,
+            tensor_of(layer, "weight"),
+            tensor_of(layer, "weight_scale"),
+            pertoken_scale=x_scale,
+            bias=None if bias is None else bias.to(torch.float32),
+            output_dtype=x.dtype,
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        max_over_ranks = self.context.partition.max_over_ranks
+        if max_over_ranks is None:
+            codes, scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.float8_e4m3fn)
+            return codes, scale
+        # Each rank holds a slice of every token, and all must use the scale of the whole token. The smallest positive
+        # scale keeps a zero token from being divided by zero.
+        peak = max_over_ranks(rows.abs().amax(dim=-1).to(torch.float32))
+        scale = (peak / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        quotients = rows.to(torch.float32) / scale[:, None]
+        return quotients.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
+
+    def dequantize(self, layer: nn.Module) -> Tensor:
+        """Weight times scale."""
+        return layer.get_parameter("weight").to(torch.float32) * float_values(layer.get_parameter("weight_scale"))
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Symmetric: the largest magnitude of a channel becomes 448."""
+        scale = symmetric_scale(weight, int(_LARGEST))
+        codes = (weight.to(torch.float32) / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        return {"weight": codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}

@@ -1,0 +1,189 @@
+"""`save_sharded_state` and `--load-format sharded_state`: a model's parameters as each rank holds them at run time.
+
+vLLM saves a model's parameters after they were processed and loads them before. For our layers that cannot work by
+itself: processing changes shapes, must not happen twice, and needs to know what the checkpoint stored. So the folder
+also gets the names, shapes and dtypes of the checkpoint's tensors, and a model is processed before it is filled.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import get_world_group
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
+
+from quant_core import CheckpointError, CheckpointFolder, LimitError, LoadError
+from quant_core.errors import listing
+from quant_core.schemes.context import StoredTensor
+from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
+
+#: vLLM's load formats that read such a folder.
+LOAD_FORMATS = ("sharded_state", "runai_streamer_sharded")
+
+#: What the checkpoint stored that the state was made from: tensor name to [file, dtype, shape].
+STORED = "stored_before_quant_processing.json"
+
+
+class SavedFolder(CheckpointFolder):
+    """A folder with a saved state, which describes the checkpoint that it was made from."""
+
+    weight_files = ()  # of the checkpoint, of which there is none here
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """What the checkpoint held.
+
+        Raises:
+            CheckpointError: if the folder does not say it.
+
+        """
+        if not self.files(STORED):
+            raise CheckpointError(
+                f"{self.path} holds no saved state of a quantised model",
+                found=listing(self.files("*.safetensors")) or "no *.safetensors file",
+                expected=f"{STORED}, which save_sharded_state writes where vllm-ascend-quant is installed",
+                todo="leave --load-format out to load a checkpoint; or save the state again",
+            )
+        try:
+            return {
+                name: StoredTensor(name, tuple(map(int, shape)), _dtype(dtype), file)
+                for name, (file, dtype, shape) in self.read_json(STORED).items()
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{STORED} is not what save_sharded_state writes", where=self.path) from error
+
+
+def save(original: Callable[..., None], config: AscendQuantizationConfig, model: nn.Module, path: str) -> None:
+    """Let vLLM save the parameters of a model, and add what is needed to load them again.
+
+    Raises:
+        LimitError: if the model's parameters are not all that it computes with.
+
+    """
+    _check_complete(model)
+    with _contiguous(model):
+        original()
+    if get_world_group().is_first_rank:
+        _describe(config, Path(path))
+
+
+def load(original: Callable[..., None], loader: Any, model: nn.Module) -> None:
+    """Bring our layers into their run-time form, so that vLLM can copy a saved state into it.
+
+    Raises:
+        LoadError: if a saved tensor does not fit.
+
+    """
+    for layer, method in _layers(model).values():
+        for param in stored_parameters(layer).values():
+            initialize_single_dummy_weight(param)
+        method.process_weights_after_loading(layer)
+        method.restored = True
+    with _contiguous(model):
+        loader.iterate_over_files = _fitting(loader.iterate_over_files, model)
+        original()
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, AscendLinearMethod]]:
+    methods = ((path, module, getattr(module, "quant_method", None)) for path, module in model.named_modules())
+    return {path: (module, method) for path, module, method in methods if isinstance(method, AscendLinearMethod)}
+
+
+def _check_complete(model: nn.Module) -> None:
+    packed = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, LinearBase) and any(param.numel() == 0 for param in module.parameters(recurse=False))
+    ]
+    if packed:
+        raise LimitError(
+            f"{len(packed)} float layers hold no weights that could be saved: {listing(packed)}",
+            found="vLLM packs float weights for the CPU and drops what they were packed from; it saves no float model "
+            "there either",
+            todo="serve the checkpoint itself",
+        )
+    hidden = [
+        f"{path}.{name}"
+        for path, (layer, method) in _layers(model).items()
+        for name, value in vars(layer).items()
+        if isinstance(value, torch.Tensor) and name not in method.absent
+    ]
+    if hidden:
+        raise LimitError(
+            f"{len(hidden)} tensors that layers compute with are no parameters, and would not be saved: "
+            f"{listing(hidden)}",
+            todo="make them parameters in the scheme's process_weights_after_loading, or serve the checkpoint itself",
+        )
+
+
+def _describe(config: AscendQuantizationConfig, target: Path) -> None:
+    """Write what the checkpoint stored, and copy its JSON files if they are not there yet."""
+    assert config.format is not None
+    folder = config.format.folder
+    stored = {t.name: [t.file, str(t.dtype).removeprefix("torch."), t.shape] for t in folder.tensors.values()}
+    (target / STORED).write_text(json.dumps(stored, indent=0), encoding="utf-8")
+    for name in folder.files("*.json"):
+        if not (name.endswith(".index.json") or (target / name).exists()):
+            shutil.copyfile(folder.path / name, target / name)
+
+
+@contextlib.contextmanager
+def _contiguous(model: nn.Module) -> Iterator[None]:
+    """While it lasts, transposed parameters are what they are in memory: neither vLLM nor safetensors take views."""
+    views = []
+    for layer, _ in _layers(model).values():
+        for name, param in layer.named_parameters(recurse=False):
+            memory = param.data.permute(sorted(range(param.dim()), key=param.stride, reverse=True))
+            if not param.is_contiguous() and memory.is_contiguous():
+                views.append((layer, name, param))
+                layer._parameters[name] = nn.Parameter(memory, requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, name, param in views:
+            layer._parameters[name] = param
+
+
+def _fitting(
+    original: Callable[..., Iterable[tuple[str, torch.Tensor]]], model: nn.Module
+) -> Callable[..., Iterator[tuple[str, torch.Tensor]]]:
+    """The same stream, whose tensors are compared first: vLLM fills a larger parameter in part, with a warning."""
+    takers = {
+        f"{path}.{name}": param
+        for path, (layer, _) in _layers(model).items()
+        for name, param in layer.named_parameters(recurse=False)
+    }
+
+    def iterate(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in original(*args):
+            param = takers.get(name)
+            if param is not None and (param.shape, param.dtype) != (tensor.shape, tensor.dtype):
+                raise LoadError(
+                    f"the saved {name} does not fit the layer",
+                    found=f"{_name(tensor.dtype)} {list(tensor.shape)}",
+                    expected=f"{_name(param.dtype)} {list(param.shape)}",
+                    todo="load with the dtype and parallel sizes that the state was saved with. Static types whose "
+                    "fused members have input scales of their own cannot be saved: serve the checkpoint itself",
+                )
+            yield name, tensor
+
+    return iterate
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(name)
+    return dtype
