@@ -259,11 +259,12 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
-    """Build wheel and sdist of each package (or of those named), check them, and import each alone, freshly installed."""
-    python, dist, named = build_environment(session), wheels(session), session.posargs
+    """Build wheel and sdist of each package (or of those named), check them, and import each alone where nothing is."""
+    named = session.posargs
     packages = [package for package in PACKAGES if package.name in named or not named]
     if len(packages) < len(named):
         session.error(f"{named} are not all packages of this repository")
+    python, dist = build_environment(session), wheels(session)
     for package in packages:
         wheel = dist[package.name]
         (sdist,) = wheel.parent.glob(f"{package.module}-*.tar.gz")
@@ -366,3 +367,15 @@ def demo(session: nox.Session) -> None:
     install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
     script = str(ROOT / "examples" / "demo" / "demo.py")
     session.run(str(python), script, *arguments, env=variables(device, VLLM), external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def bench(session: nox.Session) -> None:
+    """Measure speed and memory: every script of benchmarks/, or one with its options ("-- linear --threads 1")."""
+    python = test_environment(session, VLLM, "cpu")
+    install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
+    pip(session, python, "install", "--no-deps", *GROUPS["bench"])
+    name, *arguments = session.posargs or [""]
+    for script in [name] if name else ["linear", "schemes", "overhead", "resolve", "loading"]:
+        file = str(ROOT / "benchmarks" / f"{script}.py")
+        session.run(str(python), file, *arguments, env=variables("cpu", VLLM), external=True)

@@ -1,4 +1,4 @@
-"""Random weights of half a billion parameters, written once as ModelSlim and once, the same codes, for vLLM's own path."""
+"""Half a billion random parameters, written as ModelSlim and, the same codes, as vLLM's own path takes them."""
 
 import json
 from pathlib import Path

@@ -11,7 +11,7 @@ from quant_core import AscendLinearScheme
 from quant_core.schemes.registry import list_schemes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "quant-core" / "tests" / "support"))
-from workbench import Workbench  # noqa: E402 - found through the line above
+from workbench import Workbench
 
 
 def linear_types() -> Iterator[tuple[str, type[AscendLinearScheme]]]:

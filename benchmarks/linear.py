@@ -29,7 +29,7 @@ def main() -> None:
         for m in options.rows:
             x = torch.randn(m, SIZE).to(dtype)
             runs = {
-                name: lambda s=scheme, layer=layer, x=x: s.apply(layer, x, None if s.folds_bias else bias)
+                name: lambda s=scheme, layer=layer, x=x, b=bias: s.apply(layer, x, None if s.folds_bias else b)
                 for name, (scheme, layer) in layers.items()
             }
             runs |= {name: prepare(x) for name, prepare in competitors.items()}

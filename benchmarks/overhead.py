@@ -25,7 +25,7 @@ def main() -> None:
     report("overhead", "Microseconds per call", ["", "bare operators", "apply", "overhead"], table)
 
 
-COUNT = 200
+COUNT = 20
 
 
 def _many(call):

@@ -69,5 +69,4 @@ def metadata_complaints(name: str, version: str, metadata: bytes) -> list[str]:
 
 if __name__ == "__main__":
     found = complaints(*(Path(argument).resolve() for argument in sys.argv[1:]))
-    print(*(f"{Path(sys.argv[2]).name}: {problem}" for problem in found), sep="\n")
-    sys.exit(bool(found))
+    sys.exit("\n".join(f"{Path(sys.argv[2]).name}: {problem}" for problem in found) or 0)

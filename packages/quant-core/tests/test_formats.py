@@ -163,14 +163,14 @@ def test_what_cannot_be_served(
 def test_a_form_that_a_scheme_refuses(example: type[QuantFormat], folder: CheckpointFolder) -> None:
     quant = example.load(folder).layer_quant(query("a.q"))
     form = quant.stored[0]
-    scale = replace(form.tensors["weight_scale"], shape=(8, 2))
+    scale = replace(form.tensors["weight_scale"], shape=(8, 3))
     grouped = replace(quant, stored=(replace(form, tensors={**form.tensors, "weight_scale": scale}),))
     with pytest.raises(UnsupportedSchemeError) as raised:
         example.load(folder).create_scheme(query("a.q"), grouped)
     message = str(raised.value)
     assert "layer: the type W8A8_DYNAMIC cannot be served here" in message
     assert "where: config.json: everything_int8 = true" in message
-    assert "not per group" in message
+    assert "cannot be cut into 3 equal groups" in message
 
 
 def test_planning_without_files() -> None:

@@ -22,6 +22,7 @@ KEYS = {
     "W8A8": "msmodelslim/qwen3/W8A8",
     "W8A8_DYNAMIC": "msmodelslim/qwen2/W8A8_DYNAMIC",
     "W8A16": "msmodelslim/qwen3/W8A16_GROUP64",
+    "W4A4_FLATQUANT_DYNAMIC": "msmodelslim/qwen3/W4A4_FLATQUANT_DYNAMIC",
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.model_executor.model_loader import DefaultModelLoader, ShardedStateLoader, register_model_loader
 
 from quant_core import CheckpointError, LimitError, LoadError
-from vllm_ascend_quant import compat, load_formats
+from vllm_ascend_quant import compat, load_formats, saved_state
 from vllm_ascend_quant.saved_state import STORED
 
 REPOSITORY = Path(__file__).parents[3]
@@ -233,6 +233,26 @@ def test_input_scales_of_their_own_do_not_survive(
     with pytest.raises(LoadError, match=r"saved .*qkv_proj\.input_(scale|offset) does not fit") as raised:
         parameters(load_model, target, load_format="sharded_state")
     assert "input scales of their own" in str(raised.value)
+
+
+def test_the_stages_of_a_pipeline(
+    tmp_path: Path, load_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older vLLM writes them over each other: refused there, left to vLLM where it keeps them apart."""
+
+    class StandInGroup:
+        """A stand-in for the group of two stages; what is saved is one of one."""
+
+        world_size = 2
+
+    with load_model(DATA / "checkpoints" / DYNAMIC) as model:
+        monkeypatch.setattr(saved_state, "get_pp_group", StandInGroup)
+        if compat.saves_pipelines():
+            ShardedStateLoader.save_model(model, str(tmp_path))
+        else:
+            with pytest.raises(LimitError, match="cannot save the state of a pipeline.*\n.*pipeline_parallel_size 2"):
+                ShardedStateLoader.save_model(model, str(tmp_path))
+    assert bool(list(tmp_path.glob("*.safetensors"))) == compat.saves_pipelines()
 
 
 def test_what_would_be_lost_is_not_saved(

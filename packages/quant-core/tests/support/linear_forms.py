@@ -10,6 +10,9 @@ from workbench import Stored, Workbench
 
 from quant_core import AscendLinearScheme, Partition, list_schemes
 from quant_core.devices import planned_device
+from quant_core.errors import LimitError
+from quant_core.schemes.params import layouts_of
+from quant_core.schemes.verify import linear_params
 
 #: Options of the layer. max_over_ranks is what one of two equal ranks finds: with it a scheme quantises for *exact TP*.
 LAYERS: dict[str, dict[str, Any]] = {
@@ -36,10 +39,14 @@ class Form:
         members = self.members(sizes, inputs)
         context = bench.context(members, dtype, sizes=sizes, inputs=inputs, **options)
         refusals = self.scheme_class.can_serve(context)
+        scheme = self.scheme_class.create(context)
+        try:
+            layouts_of(linear_params(scheme), context)
+        except LimitError as error:
+            refusals.append(str(error))
         if refusals and context.partition.size > 1:
             return []
         assert refusals == []
-        scheme = self.scheme_class.create(context)
         layer = bench.load(scheme, members)
         with planned_device(self.case.device if self.case else "cpu"):
             scheme.process_weights_after_loading(layer)

@@ -41,6 +41,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 E8M0 = {"scale_dtype": 293, "pertoken_scale_dtype": 293}
+MXFP4 = {"x1_dtype": 296, "x2_dtype": 296, "group_sizes": [1, 1, 32]}
 
 #: Operator, then arguments as a real call has them.
 CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
@@ -153,15 +154,21 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
             "pertoken_scale": u8(3, 2, 2),
             "bias": ones(5),
             "output_dtype": bf16,
-            "x1_dtype": 296,
-            "x2_dtype": 296,
+            "group_sizes": [1, 1, 32],
+            **MXFP4,
             **E8M0,
         },
     ),
     "matmul mxfp4 packed along n": (
         "npu_quant_matmul",
         (u8(3, 40), u8(80, 3), u8(6, 2, 2).transpose(0, 1)),
-        {"pertoken_scale": u8(3, 2, 2), "output_dtype": bf16, "x1_dtype": 296, "x2_dtype": 296, **E8M0},
+        {
+            "pertoken_scale": u8(3, 2, 2),
+            "output_dtype": bf16,
+            "group_sizes": [1, 1, 32],
+            **MXFP4,
+            **E8M0,
+        },
     ),
     "matmul on two levels": (
         "npu_dual_level_quant_matmul",

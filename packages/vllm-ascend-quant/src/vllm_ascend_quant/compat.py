@@ -104,6 +104,12 @@ SAVE_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedState
 LOAD_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.load_weights"
 
 
+def saves_pipelines() -> bool:
+    """Whether saved states keep a pipeline's stages apart: vLLM 0.28 writes each over the one before."""
+    path = "vllm.model_executor.model_loader.sharded_state_loader"
+    return hasattr(importlib.import_module(path).ShardedStateLoader, "PP_AND_TP_PATTERN")
+
+
 def load_formats() -> Collection[str]:
     """The names of vLLM's load formats, with those that plugins added."""
     loaders: dict[str, Any] = importlib.import_module("vllm.model_executor.model_loader")._LOAD_FORMAT_TO_MODEL_LOADER

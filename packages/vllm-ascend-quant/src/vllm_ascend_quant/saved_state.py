@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.distributed import get_world_group
+from vllm.distributed import get_pp_group, get_world_group
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
 from quant_core import CheckpointError, CheckpointFolder, LimitError, LoadError
 from quant_core.errors import listing
 from quant_core.schemes.context import StoredTensor
+from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
 
@@ -65,10 +66,16 @@ def save(original: Callable[..., None], config: AscendQuantizationConfig, model:
     """Let vLLM save the parameters of a model, and add what is needed to load them again.
 
     Raises:
-        LimitError: if the model's parameters are not all that it computes with.
+        LimitError: if the model's parameters are not all that it computes with, or this vLLM would lose some.
 
     """
     _check_complete(model)
+    if get_pp_group().world_size > 1 and not compat.saves_pipelines():
+        raise LimitError(
+            "this vLLM cannot save the state of a pipeline: its stages would be written over each other",
+            found=f"pipeline_parallel_size {get_pp_group().world_size}",
+            todo="save with pipeline_parallel_size 1, or with a newer vLLM",
+        )
     with _contiguous(model):
         original()
     if get_world_group().is_first_rank:

@@ -122,6 +122,7 @@ class MXLinearScheme(AscendLinearScheme):
         weight_fp4: whether the weight is FP4; else it is FP8.
         quantisation: arguments of npu_dynamic_mx_quant for the activations.
         group_sizes: of npu_quant_matmul.
+        operator_adds_bias: whether it takes the bias of the layer, [n] in float32.
 
     """
 
@@ -129,6 +130,7 @@ class MXLinearScheme(AscendLinearScheme):
     weight_fp4: ClassVar[bool]
     quantisation: ClassVar[dict[str, Any]]
     group_sizes: ClassVar[list[int]] = [1, 1, mx.BLOCK]
+    operator_adds_bias: ClassVar[bool] = True
 
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
@@ -163,11 +165,13 @@ class MXLinearScheme(AscendLinearScheme):
             x_scale,
             tensor_of(layer, "weight"),
             tensor_of(layer, "weight_scale"),
-            bias,
+            bias if self.operator_adds_bias else None,
             (self.quantisation["dst_type"] == FLOAT4_E2M1, self.weight_fp4),
             output_dtype=x.dtype,
             group_sizes=self.group_sizes,
         )
+        if bias is not None and not self.operator_adds_bias:
+            y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def dequantize(self, layer: nn.Module) -> Tensor:

@@ -14,6 +14,7 @@ from quant_core import LimitError, Partition
 from quant_core.devices import planned_device
 from quant_core.packing import unpack_eights, unpack_pairs
 from quant_core.schemes.linear.w4a8_dynamic import AscendW4A8DynamicLinearMethod as Scheme
+from quant_core.schemes.params import float_values
 from quant_core.schemes.verify import verify_stored
 
 
@@ -90,6 +91,8 @@ def test_the_formula_in_int4(workbench: Any, dtype: torch.dtype, options: dict[s
     weight, x = exact_weight(stored, 768), exact_codes_input(9, 768, dtype)
     assert torch.equal(unpack_eights(layer.weight), unpack_pairs(stored["weight"], 0).t())
     torch.testing.assert_close(layer.scale_bias.double(), 8 * weight.sum(1), rtol=2**-10, atol=2**-10)
+    first = stored["weight_scale"] * stored.get("weight_scale_second", torch.ones(1, 1))
+    torch.testing.assert_close(float_values(layer.weight_scale), first.t().expand(3, 24), rtol=2**-11, atol=0)
     added = torch.randn(24).to(dtype) if bias else None
     close(scheme.apply(layer, x, added), exact_output(x, weight, added), 2**-10)
 
@@ -201,6 +204,14 @@ def test_what_is_stored_is_declared_and_what_must_be_zero_checked(workbench: Any
         check = params[name].check
         assert check is not None
         assert "symmetric" in str(check(torch.ones(2, 2, dtype=params[name].dtype)))
+
+
+@pytest.mark.parametrize(("parts", "loaded"), [(1, 1), (16, 16), (128, 64)])
+def test_of_a_scale_bias_as_large_as_the_weight_a_rank_loads_its_part(workbench: Any, parts: int, loaded: int) -> None:
+    stored = w4a8_dynamic(8, 128, parts=parts)
+    context = workbench.context([stored], scheme_class=Scheme, partition=Partition("row", 1, 2))
+    layer = workbench.load(Scheme.create(context), [stored])
+    assert torch.equal(layer.scale_bias, stored["scale_bias"][:, -loaded:])
 
 
 def test_unequal_groups_are_refused(workbench: Any) -> None:

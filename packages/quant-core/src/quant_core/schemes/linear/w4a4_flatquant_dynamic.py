@@ -116,8 +116,6 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
     granularity = ("per channel",)
     checked_against = ("qwen3/W4A4_FLATQUANT_DYNAMIC",)
     supported_devices = ("910B", "910C", "950", "cpu")
-    granularity = ("per channel",)
-    checked_against = ("qwen3/W4A4_FLATQUANT_DYNAMIC",)
 
     _ratios: tuple[float, ...]
     _runs: tuple[tuple[float, int, int], ...]

@@ -31,6 +31,8 @@ class AscendW4A8MXFPLinearMethod(MXLinearScheme):
     weight_fp4 = True
     quantisation = TO_FP8
     group_sizes: ClassVar[list[int]] = [0, 0, mx.BLOCK]
+    # For these operands it wants one of two axes, in a dtype that is not documented.
+    operator_adds_bias = False
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """As for all of MX, in the device's layout."""

@@ -100,23 +100,23 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply; once per distinct input scale."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         scale, offset = tensor_of(layer, "input_scale"), tensor_of(layer, "input_offset")
-        weight, deq_scale, bias = (tensor_of(layer, name) for name in ("weight", "deq_scale", "quant_bias"))
-        parts = []
-        for g, (start, stop) in enumerate(self._runs):
-            codes = torch.ops.npu.npu_quantize(rows, scale[g : g + 1], offset[g : g + 1], torch.qint8, -1, True)
-            parts.append(
-                torch.ops.npu.npu_quant_matmul(
-                    codes,
-                    weight[:, start:stop],
-                    deq_scale[start:stop],
-                    bias=bias[start:stop],
-                    output_dtype=x.dtype,
+        weight, deq_scale = tensor_of(layer, "weight"), tensor_of(layer, "deq_scale")
+        bias = tensor_of(layer, "quant_bias")
+        if len(self._runs) == 1:  # the usual case, for which slices would take longer than all the rest
+            codes = torch.ops.npu.npu_quantize(rows, scale, offset, torch.qint8, -1, True)
+            y: Tensor = torch.ops.npu.npu_quant_matmul(codes, weight, deq_scale, bias=bias, output_dtype=x.dtype)
+        else:
+            parts = []
+            for g, (start, stop) in enumerate(self._runs):
+                codes = torch.ops.npu.npu_quantize(rows, scale[g : g + 1], offset[g : g + 1], torch.qint8, -1, True)
+                part, part_scale, part_bias = weight[:, start:stop], deq_scale[start:stop], bias[start:stop]
+                parts.append(
+                    torch.ops.npu.npu_quant_matmul(codes, part, part_scale, bias=part_bias, output_dtype=x.dtype)
                 )
-            )
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return y.view(*x.shape[:-1], y.shape[-1])
+            y = torch.cat(parts, dim=-1)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     def dequantize(self, layer: nn.Module) -> Tensor:
         """Weight times deq_scale / input_scale."""

@@ -72,7 +72,7 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply; per group one multiplication for each."""
-        codes, x_scale = self._quantise(x.reshape(-1, x.shape[-1]))
+        codes, x_scale = self._quantise(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
         weight, scale = tensor_of(layer, "weight"), tensor_of(layer, "weight_scale")
         if scale.dim() == 1:
             y: Tensor = torch.ops.npu.npu_quant_matmul(
@@ -81,7 +81,7 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
         else:
             y = self._sum_of_groups(codes, weight, scale) * x_scale[:, None]
             y = (y if bias is None else y + bias).to(x.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def _sum_of_groups(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

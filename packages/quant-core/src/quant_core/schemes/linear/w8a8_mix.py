@@ -52,9 +52,12 @@ class AscendW8A8MixLinearMethod(AscendLinearScheme):
         return self._static.get_pertensor_param(params_dtype)
 
     def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """Those of both."""
-        static = self._static.get_perchannel_param(output_size, params_dtype)
-        return {**static, **self._dynamic.get_perchannel_param(output_size, params_dtype)}
+        """Those of W8A8."""
+        return self._static.get_perchannel_param(output_size, params_dtype)
+
+    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """Those of W8A8_DYNAMIC, whose scales are per channel here."""
+        return self._dynamic.get_pergroup_param(input_size, output_size, params_dtype)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Drop what the other type alone needs, then process as the one that serves."""
