@@ -1,6 +1,5 @@
 """Models that are named: found in a cache, on the Hugging Face hub, or on ModelScope, each played by a stand-in."""
 
-import importlib.util
 import os
 import sys
 from collections import Counter
@@ -158,7 +157,6 @@ def test_an_engine_in_its_own_process_finds_what_was_downloaded(
     assert all(path.startswith("/mark/") for _, path in hub.requests[asked:])
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("modelscope"), reason="modelscope is not installed")
 def test_modelscope(hub: StandInHub, tmp_path: Path, reference: Any) -> None:
     """VLLM_USE_MODELSCOPE: each file once, with a revision, into the cache or into --download-dir."""
     elsewhere = tmp_path / "elsewhere"
