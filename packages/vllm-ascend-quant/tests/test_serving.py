@@ -116,7 +116,10 @@ def changed_copy(folder: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", ["W8A8", "W8A8_DYNAMIC_SHARDED", "W8A16_GROUP64", "W4A4_FLATQUANT_DYNAMIC"])
+@pytest.mark.parametrize(
+    "name",
+    ["W8A8", "W8A8_DYNAMIC_SHARDED", "W8A16_GROUP64", "W4A4_FLATQUANT_DYNAMIC", "V0_W4A8_DYNAMIC_GROUP64"],
+)
 def test_reload_in_place_gives_the_numbers_of_a_fresh_start(
     name: str, tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any
 ) -> None:

@@ -154,6 +154,7 @@ def test_a_report_says_why_a_candidate_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(int8_gemm, "CANDIDATES", (unavailable, saturating_pairs, float32_blocks))
     monkeypatch.setattr(int8_gemm, "_right", int8_gemm._right.__wrapped__)
     monkeypatch.setattr(int8_gemm, "_fastest", int8_gemm._fastest.__wrapped__)
+    monkeypatch.setattr(int8_gemm, "_race", int8_gemm._race.__wrapped__)
     verdicts = report()
     assert verdicts["float32_blocks"].startswith("serves (from 1, from 16, from 256 rows)")
     assert "not implemented" in verdicts["unavailable"]

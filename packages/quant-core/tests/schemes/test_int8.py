@@ -48,4 +48,21 @@ def test_the_weight_is_transposed_by_its_strides() -> None:
     weight = layer.get_parameter("weight")
     assert torch.equal(weight, stored.t())
     assert weight.stride() == (1, 16)
-    assert weight.data_ptr() != stored.data_ptr()
+    assert weight.data_ptr() == stored.data_ptr(), "on CPU, a copy would be one more in memory"
+
+
+def test_a_device_with_layouts_is_asked_for_its_own() -> None:
+    """The meta device stands in for one."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    layer = nn.Module()
+    replace_parameter(layer, "weight", torch.zeros(8, 16, dtype=torch.int8, device="meta"))
+    with Calls():
+        transpose_weight(layer)
+    assert "npu.npu_format_cast.default" in called
+    assert layer.get_parameter("weight").shape == (16, 8)

@@ -102,6 +102,8 @@ def _settle_vocabulary(
 ) -> bool:
     """Whether a head or an embedding was made again. Those that the checkpoint lacks are float, or tied."""
     remade = False
+    if _holds_another_weight(layer):
+        raise _tied(places[0], [places[0], "an embedding"])
     for path in places:
         modules = paths.stored_at.get(path, ())
         try:
@@ -117,6 +119,14 @@ def _settle_vocabulary(
     if stored_parameters(layer) and not isinstance(layer.quant_method, AscendLinearMethod):
         raise _tied(places[0], [places[0], "an embedding"])
     return remade
+
+
+def _holds_another_weight(layer: VocabParallelEmbedding) -> bool:
+    """Whether a quantised head was given the embedding's weight: an older vLLM ties where the files hold both."""
+    method, own = layer.quant_method, layer.named_parameters(recurse=False)
+    return isinstance(method, AscendLinearMethod) and any(
+        name != "bias" and getattr(param, "owner", None) != method.name for name, param in own
+    )
 
 
 def _tied(path: str, layers: list[str]) -> LimitError:

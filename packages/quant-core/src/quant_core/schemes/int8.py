@@ -15,8 +15,10 @@ def int8_weight(input_size: int, output_size: int) -> dict[str, Param]:
 
 def transpose_weight(layer: nn.Module) -> None:
     """[out, in] as stored becomes [in, out] as the matmul operators take it, in the device's layout."""
-    weight = layer.get_parameter("weight").data
-    replace_parameter(layer, "weight", torch.ops.npu.npu_format_cast(weight.t(), FRACTAL_NZ))
+    weight = layer.get_parameter("weight").data.t()
+    if weight.device.type != "cpu":  # which has no other layout: a copy would take memory and time for nothing
+        weight = torch.ops.npu.npu_format_cast(weight, FRACTAL_NZ)
+    replace_parameter(layer, "weight", weight)
 
 
 def symmetric_scale(weight: Tensor, maximum: int = 127) -> Tensor:
