@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+#: After the name of one that computes something else on this processor.
+WRONG = " (wrong)"
+
 #: From an input to a call without arguments.
 Prepare = Callable[[Tensor], Callable[[], Any]]
 
@@ -20,9 +23,21 @@ def prepare_all(weight: Tensor) -> Iterator[tuple[str, Prepare]]:
     yield "_int_mm", lambda x: _call(torch._int_mm, torch.ops.npu.npu_dynamic_quant(x)[0], codes[0].t())
     for name, make in (("vLLM oneDNN", _vllm), ("torchao", _torchao)):
         try:
-            yield name, make(weight, *codes)
+            prepare = make(weight, *codes)
         except (ImportError, AttributeError, RuntimeError) as error:
             print(f"{name} is left out: {str(error).splitlines()[0]}")
+            continue
+        wrong = make is _vllm and not _exact(prepare, *codes)
+        yield f"{name}{WRONG}" if wrong else name, prepare
+
+
+def _exact(prepare: Prepare, codes: Tensor, scales: Tensor) -> bool:
+    """Whether it multiplies these codes as they are: without VNNI, oneDNN's sums saturate at 16 bits."""
+    x = torch.randn(4, codes.shape[1])
+    quantised, x_scale = torch.ops.npu.npu_dynamic_quant(x)
+    want = (quantised.double() @ codes.double().t()) * x_scale[:, None] * scales
+    # A quantiser that multiplies by the reciprocal rounds a few codes the other way.
+    return bool((prepare(x)() - want).norm() < 2e-3 * want.norm())
 
 
 def _call(function: Callable[..., Any], *operands: Tensor) -> Callable[[], Any]:

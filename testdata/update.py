@@ -23,6 +23,8 @@ CHECKPOINTS = [
     "msmodelslim/qwen3/V0_W4A16",
     "msmodelslim/qwen3/V0_W4A8_DYNAMIC_GROUP64",
     "msmodelslim/qwen3/W4A4_FLATQUANT_DYNAMIC",
+    "msmodelslim/qwen3/W4A8_MXFP",
+    "msmodelslim/qwen3/W4A4_MXFP4_SVD",
     "msmodelslim/qwen3/V0_W8A8_LEGACYNAMES",
     "msmodelslim/qwen3/V0_W8A8_M4",
     "msmodelslim/qwen3/MIXED_LAYERS",

@@ -302,8 +302,11 @@ WORKER: dict[str, tuple[str, Change, list[str]]] = {
     "no embedding": (W8A8, drop("model.embed_tokens.weight"), ["not loaded: model.embed_tokens.weight"]),
     "no head": (W8A8, drop("lm_head.weight"), ["not loaded: lm_head.weight"]),
     "no bias of k": (DYNAMIC, drop(f"{K}.bias"), [f"not loaded: {K}.bias"]),
-    "bias of a norm": (W8A8, put("model.norm.bias", torch.ones(128)), ["no place", "model.norm.bias", "m1, m2 and m4"]),
-    "bias of k in a model without": (W8A8, put(f"{K}.bias", torch.ones(64)), ["no place", f"{K}.bias"]),
+    "bias of an embedding": (
+        W8A8,
+        put("model.embed_tokens.bias", torch.ones(512)),
+        ["no place", "model.embed_tokens.bias", "m1, m2 and m4"],
+    ),
     "bias of o in a model without": (
         DYNAMIC,
         put(f"{LAYER}.self_attn.o_proj.bias", torch.ones(128)),

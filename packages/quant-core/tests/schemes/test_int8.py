@@ -1,9 +1,12 @@
 """The plain int8 quantiser."""
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core.schemes.int8 import int8_codes, int8_weight, symmetric_scale, transpose_weight
 from quant_core.schemes.params import replace_parameter

@@ -1,12 +1,12 @@
 """Products of FP8 and FP4 matrices (operators.md, sections 4 and 8)."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quant_core import microscaling as mx
+from quant_core.ops.cpu.decode import Decoder
 from quant_core.ops.cpu.mx import LEVEL0
 from quant_core.ops.dtypes import dtype_of
 
@@ -15,7 +15,7 @@ _FP4 = torch.float4_e2m1fn_x2
 _TARGETS = (torch.float16, torch.bfloat16, torch.float32)
 
 # float32 values of the weight that are made at a time: enough for a fast product, and they stay in the cache.
-_BLOCK = 2**20
+_BLOCK = 2**19
 
 # So few rows are multiplied faster the other way round.
 _FEW_ROWS = 128
@@ -69,7 +69,7 @@ def float_matmul(
         raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has no group_sizes {list(group_sizes)}")
     k = x1.shape[1] * (2 if fp4[0] else 1)
     weight = weight_rows(x2, k, fp4[1])
-    rows = decode(x1)
+    rows, decode = Decoder()(x1), Decoder()
     if not scales[0]:
         y = product(rows, weight.shape[0], lambda part: decode(weight[part]))
         return _scaled(y, scale, pertoken_scale, bias).to(target)
@@ -133,12 +133,12 @@ def npu_dual_level_quant_matmul(
         raise ValueError(f"npu_dual_level_quant_matmul: x2 and the scales are {found}, expected {expected}")
     factors = x2_level0_scale.t()
 
-    def decoded(codes: Tensor, level0: Tensor, level1: Tensor) -> Tensor:
+    def decoded(decode: Decoder, codes: Tensor, level0: Tensor, level1: Tensor) -> Tensor:
         blocks = level0.repeat_interleave(LEVEL0 // mx.BLOCK, dim=1)[:, : 2 * pairs]
         return mx.scale_blocks_(decode(codes.view(torch.uint8)), _factors(level1) * blocks)
 
-    rows = decoded(x1, x1_level0_scale, x1_level1_scale)
-    y = product(rows, n, lambda part: decoded(x2[part], factors[part], x2_level1_scale[part]))
+    rows, decode = decoded(Decoder(), x1, x1_level0_scale, x1_level1_scale), Decoder()
+    y = product(rows, n, lambda part: decoded(decode, x2[part], factors[part], x2_level1_scale[part]))
     return (y if bias is None else y.add_(bias.to(torch.float32))).to(target)
 
 
@@ -152,33 +152,6 @@ def product(rows: Tensor, n: int, weight: Callable[[slice], Tensor]) -> Tensor:
         block = weight(part)
         y[:, part] = (block @ rows.t()).t() if m <= _FEW_ROWS else rows @ block.t()
     return y
-
-
-def decode(codes: Tensor) -> Tensor:
-    """FP8 [r, k], or FP4 in uint8 [r, k / 2], as float32 [r, k]."""
-    codes = codes.contiguous()
-    rows, columns = codes.shape
-    # A pair of float32 is looked up as if it were one float64.
-    if codes.dtype == torch.uint8:
-        pairs = torch.index_select(_fp4_pairs(), 0, codes.view(-1).to(torch.int32))
-        return pairs.view(torch.float32).view(rows, 2 * columns)
-    if codes.numel() % 2 or codes.storage_offset() % 2:
-        return codes.to(torch.float32)
-    twos = codes.view(-1).view(torch.uint16)
-    return torch.index_select(_fp8_pairs(codes.dtype), 0, twos.to(torch.int32)).view(torch.float32).view(rows, columns)
-
-
-@functools.cache
-def _fp4_pairs() -> Tensor:
-    """The two values of each byte, as the bits of a float64."""
-    return mx.e2m1_values(mx.unpack_e2m1(torch.arange(256, dtype=torch.uint8, device="cpu"))).view(torch.float64)
-
-
-@functools.cache
-def _fp8_pairs(dtype: torch.dtype) -> Tensor:
-    """The two values of each two bytes, as the bits of a float64. Half a megabyte, and ten times as fast as torch."""
-    numbers = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16)
-    return numbers.view(torch.uint8).view(dtype).to(torch.float32).view(torch.float64)
 
 
 def weight_rows(x2: Tensor, k: int, fp4: bool) -> Tensor:

@@ -138,7 +138,7 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         if bias is None:
             raise LoadError(
                 f"{self.context.name}: quant_bias cannot be used",
-                where=", ".join(f"{shard.name}.quant_bias" for shard in self.context.shards),
+                where=", ".join(f"{name}.quant_bias" for name in self._members(lost)),
                 found=f"{int(lost.sum())} of {lost.numel()} values are {_OVERFLOWED}: the tool overflowed",
                 expected="a bias tensor beside it, from which it can be computed again",
                 todo="quantise the model again in bfloat16",
@@ -150,6 +150,11 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         if not elsewhere:
             value += bias.data.to(torch.float64) / float_values(layer.get_parameter("deq_scale").data)
         return torch.where(lost, value.round().to(torch.int32), kept)
+
+    def _members(self, rows: Tensor) -> list[str]:
+        """The modules of the output features that are marked."""
+        parts = rows.split([shard.local_output_size for shard in self.context.shards])
+        return [shard.name for shard, part in zip(self.context.shards, parts, strict=True) if bool(part.any())]
 
     def _per_row(self, members: Tensor) -> Tensor:
         """One value per member as one per output feature of this rank."""
