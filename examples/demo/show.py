@@ -34,7 +34,7 @@ def layers(console: Console, served: Any, every_layer: bool) -> None:
     if not isinstance(config, AscendQuantizationConfig):
         return
     console.print("\n[bold]2. Which scheme each layer got, and from which key[/]\n")
-    found = _decisions(config)
+    found = config.layers
     console.print(_layer_table(found, every_layer))
     evidence = [entry for quant in found.values() for entry in quant.evidence]
     if evidence:
@@ -47,18 +47,6 @@ def layers(console: Console, served: Any, every_layer: bool) -> None:
         scheme = get_scheme_class(name, "linear")
         formula = re.sub(r", (?=\w+ = )", ",\n  ", (scheme.__doc__ or "").splitlines()[0])
         console.print(f"{name} is {scheme.__name__}:\n  {formula}", markup=False)
-
-
-def _decisions(config: Any) -> dict[str, Any]:
-    """The decision about each linear layer, by its path in vLLM; then about the matrices that belong to none."""
-    from quant_core import LayerQuery
-
-    found = dict(config.layers)
-    claimed = {module for quant in found.values() for module in quant.modules}
-    for module, stored in config.format.folder.modules.items():
-        if module not in claimed and len(stored.shape("weight", ())) == 2:
-            found[module] = config.format.layer_quant(LayerQuery(module, modules=(module,)))
-    return found
 
 
 def _layer_table(found: dict[str, Any], every_layer: bool) -> Table:

@@ -159,7 +159,7 @@ FRONT: dict[str, tuple[Change, list[str]]] = {
     "two descriptions": (write("quant_model_description_w8a8.json", b"{}"), ["2 ModelSlim descriptions"]),
     "type that nobody registered": (
         retype(f"{LAYER}.mlp.down_proj", "W8A8_DYNAMICS"),
-        [f"{LAYER}.mlp.down_proj.weight", "'W8A8_DYNAMICS'", "W8A16, W8A8, W8A8_DYNAMIC", "nearest name is 'W8A8_DYN"],
+        [f"{LAYER}.mlp.down_proj.weight", "'W8A8_DYNAMICS'", "nearest name is 'W8A8_DYN"],
     ),
     "layer without a key": (undescribed, [f"{LAYER}.mlp.down_proj.weight (int8 in", "the nearest keys are"]),
     "tensor absent": (drop(f"{LAYER}.mlp.up_proj.deq_scale"), [f"{LAYER}.mlp.up_proj.deq_scale", "no file holds it"]),

@@ -223,7 +223,6 @@ def test_a_scale_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
 def test_what_the_kernel_does_not_have_is_refused() -> None:
     a, b, scale = codes(M, K), weight(K, N), torch.ones(N)
     for left, right, options in [
-        (a.to(torch.int32), b.to(torch.int32), {}),
         (a, b.to(torch.int32), {}),
         (a, b, {"group_sizes": [1, 1, 32]}),
         (a, b, {"y_scale": scale}),

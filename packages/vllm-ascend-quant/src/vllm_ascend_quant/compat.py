@@ -104,6 +104,13 @@ SAVE_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedState
 LOAD_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.load_weights"
 
 
+def make_up(param: Any) -> None:
+    """Give a parameter of a model without weights the value that it asks for: vLLM 0.28 gives random ones to all."""
+    value = getattr(param, "dummy_weight_value", None)
+    if value is not None:
+        param.data.fill_(value)
+
+
 def saves_pipelines() -> bool:
     """Whether saved states keep a pipeline's stages apart: vLLM 0.28 writes each over the one before."""
     path = "vllm.model_executor.model_loader.sharded_state_loader"

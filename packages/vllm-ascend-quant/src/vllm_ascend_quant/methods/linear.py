@@ -29,6 +29,7 @@ from quant_core.errors import listing
 from quant_core.schemes.handover import check_shared, hand_over
 from quant_core.schemes.params import layouts_of
 from quant_core.schemes.verify import absent_params, check_values, linear_params
+from vllm_ascend_quant import compat
 from vllm_ascend_quant.exact_tp import exact_tp_wanted, max_over_ranks
 from vllm_ascend_quant.parameter import AscendParameter, load_replicated, make_parameter
 
@@ -130,6 +131,9 @@ class AscendLinearMethod(LinearMethodBase):
         stored = stored_parameters(layer)
         if not self.config.dummy or any(param.filled for param in stored.values()):
             self._check(layer)
+        else:
+            for param in stored.values():
+                compat.make_up(param)
         for param in stored.values():
             param.filled.clear()
         self.make_run_time_form(layer)
