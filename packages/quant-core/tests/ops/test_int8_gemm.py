@@ -165,7 +165,7 @@ def test_a_report_says_why_a_candidate_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_small_activations_need_fewer_cuts(activation: int, spans: int) -> None:
     """Sums are exact in float32 up to 2^24 = 4096 * 32 * 128, whatever the weights are."""
     rows = torch.full((3, 4096), float(activation))
-    cuts = list(int8_gemm._exact_spans(rows))
+    cuts = [(span.start, span.stop) for span in int8_gemm._exact_spans(rows)]
     assert len(cuts) == spans
     assert [low for low, _ in cuts] == [0, *(high for _, high in cuts[:-1])]
     assert cuts[-1][1] == 4096
@@ -175,7 +175,20 @@ def test_small_activations_need_fewer_cuts(activation: int, spans: int) -> None:
 def test_one_large_row_is_enough_for_a_cut() -> None:
     rows = torch.zeros(5, 2048)
     rows[3] = 127
-    assert list(int8_gemm._exact_spans(rows)) == [(0, 1024), (1024, 2048)]
+    assert list(int8_gemm._exact_spans(rows)) == [slice(0, 1024), slice(1024, 2048)]
+
+
+@pytest.mark.parametrize("k", [40, 3000])
+def test_one_row_on_several_threads(k: int) -> None:
+    """It is summed up in another way then."""
+    a, b = operands(1, k, 70, "extreme")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        got = float32_blocks(a, b)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(got.to(torch.int64), exact(a, b))
 
 
 @pytest.mark.parametrize("candidate", RIGHT)

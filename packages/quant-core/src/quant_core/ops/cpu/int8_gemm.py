@@ -8,6 +8,7 @@ serves: which one that is depends on the number of rows.
 
 import bisect
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -42,42 +43,56 @@ def float32_blocks(a: Tensor, b: Tensor) -> Tensor:
     """Float32 products of parts that are small enough for the cache and for exact sums. Right everywhere."""
     sums = torch.empty(a.shape[0], b.shape[1], dtype=torch.int32)
     for start in range(0, a.shape[0], _ROWS):
-        _float32_rows(a[start : start + _ROWS], b, sums[start : start + _ROWS])
+        total = sums[start : start + _ROWS]
+        for index, product in enumerate(_float32_products(a[start : start + _ROWS].to(torch.float32), b)):
+            if index == 0:
+                total.copy_(product)
+            else:
+                total += product.to(torch.int32)
     return sums
 
 
-def _float32_rows(a: Tensor, b: Tensor, sums: Tensor) -> None:
-    k, n = b.shape
-    rows = a.to(torch.float32)
-    spans = list(_exact_spans(rows))
-    few = rows.shape[0] <= _FEW_ROWS
-    width = min(n, max(64, _BLOCK // k // (2 if few else 1)))
+def _float32_products(rows: Tensor, b: Tensor) -> list[Tensor]:
+    """[m, k] float32 times [k, n] int8: exact float32 [m, n], one for each span of k. Converts b block by block."""
+    (m, k), n = rows.shape, b.shape[1]
+    few, vector = m <= _FEW_ROWS, m == 1 and torch.get_num_threads() > 1
+    # With few rows, the product is twice as fast the other way round.
+    spans = [(span, torch.empty((n, m) if few else (m, n), dtype=torch.float32)) for span in _exact_spans(rows)]
+    columns, transposed = rows.t(), b.t()
+    width = min(n, max(64, _BLOCK // k // (2 if few and not vector else 1)))
     # One buffer for all blocks: fresh memory costs more than the conversion.
-    floats = torch.empty_like(b[:, :width].t(), dtype=torch.float32)
+    buffer = torch.empty_like(transposed[:width], dtype=torch.float32)
     for start in range(0, n, width):
-        block = b[:, start : start + width].t()
-        weight, total = floats[: block.shape[0]].copy_(block), sums[:, start : start + width]
-        for index, (low, high) in enumerate(spans):
-            left, right = weight[:, low:high], rows[:, low:high]
-            # With few rows, the product is twice as fast the other way round.
-            part = (left @ right.t()).t() if few else right @ left.t()
-            if index == 0:
-                total.copy_(part)
+        stop = min(n, start + width)
+        floats = buffer[: stop - start].copy_(transposed[start:stop])
+        if vector:
+            # The BLAS may cut the block over its threads otherwise than the conversion did, and fetching what another
+            # core has written takes longer than the product. These two do not.
+            floats *= rows
+        for span, product in spans:
+            if vector:
+                torch.sum(floats[:, span], dim=1, keepdim=True, out=product[start:stop])
+            elif few:
+                torch.mm(floats[:, span], columns[span], out=product[start:stop])
             else:
-                total += part.to(torch.int32)
+                torch.mm(rows[:, span], floats[:, span].t(), out=product[:, start:stop])
+    return [product.t() if few else product for _, product in spans]
 
 
-def _exact_spans(rows: Tensor) -> Iterator[tuple[int, int]]:
+def _exact_spans(rows: Tensor) -> Iterator[slice]:
     """Cuts of k between which all sums are exact, the fewer the smaller the activations [m, k] are."""
     k, start = rows.shape[1], 0
+    if k <= _CHUNK or rows.abs().sum(dim=1).max().item() * 128 <= _EXACT:
+        yield slice(0, k)
+        return
     magnitude = torch.zeros(rows.shape[0], dtype=torch.float32)
     for low in range(0, k, _CHUNK):
         added = rows[:, low : low + _CHUNK].abs().sum(dim=1)
         magnitude = magnitude + added
         if low > start and magnitude.max().item() * 128 > _EXACT:
-            yield start, low
+            yield slice(start, low)
             start, magnitude = low, added
-    yield start, k
+    yield slice(start, k)
 
 
 #: The last one is right everywhere and needs no probe.
@@ -117,18 +132,37 @@ def milliseconds(candidate: Product, rows: int) -> float:
 
 @functools.cache
 def _race(rows: int) -> dict[Product, float]:
-    """All that are right take turns, in this thread's own time, since other processes get in between."""
-    size = 1024 if rows < 256 else 512
-    a, b = torch.ones(rows, size, dtype=torch.int8), torch.ones(size, size, dtype=torch.int8).t()
+    """The best milliseconds of all candidates that are right, on one thread."""
     best = dict.fromkeys(_right(), float("inf"))
+    threads = torch.get_num_threads()
+
+    def run() -> None:
+        # On a busy machine, several threads show how long one waits for another, not which product is the faster one.
+        # vLLM replaces torch.set_num_threads by a warning, since the caller's threads are bound to cores: they stay.
+        torch._C.set_num_threads(1)
+        try:
+            _take_turns(best, rows)
+        finally:
+            torch._C.set_num_threads(threads)  # a part of it, MKL's, holds for the whole process
+
+    racer = threading.Thread(target=run)
+    racer.start()
+    racer.join()
+    return best
+
+
+def _take_turns(best: dict[Product, float], rows: int) -> None:
+    size = 4096 if rows == 1 else 512  # as large as real ones where that takes no seconds in a plain loop
+    a, b = torch.ones(rows, size, dtype=torch.int8), torch.ones(size, size, dtype=torch.int8).t()
+    for candidate in best:
+        candidate(a, b)  # the first call pays for what later ones find made
     for turn in range(12):
         leader = min(best.values())
         for candidate, time_so_far in best.items():
-            if turn < 2 or time_so_far < 3 * leader:  # the others are plain loops, and would take a second
+            if turn < 4 or time_so_far < 1.5 * leader:
                 start = time.thread_time()
                 candidate(a, b)
                 best[candidate] = min(time_so_far, (time.thread_time() - start) * 1e3)
-    return best
 
 
 #: Numbers of rows at which candidates are compared; others go with the nearest one below.
