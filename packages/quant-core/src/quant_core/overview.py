@@ -18,7 +18,7 @@ def table() -> str:
 
 def _row(quant_type: str, layer_type: str, scheme_class: type[Scheme]) -> tuple[str, ...]:
     devices = ", ".join(scheme_class.supported_devices)
-    checked = ", ".join(scheme_class.checked_against) or "float64 definitions only"
+    checked = ", ".join(scheme_class.checked_against.get(quant_type, ())) or "float64 definitions only"
     return f"`{quant_type}`", layer_type, devices, ", ".join(scheme_class.granularity) or "-", checked
 
 

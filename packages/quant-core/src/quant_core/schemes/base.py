@@ -49,14 +49,15 @@ class Scheme(ABC):
     Attributes:
         supported_devices: products that the type runs on.
         granularity: of the weight's scales, for people: "per channel", "per group", "blocks of 32".
-        checked_against: real checkpoints whose independent reference its numbers were compared with, all on CPU.
+        checked_against: of each quantisation type that the class serves, real checkpoints whose independent reference
+            its numbers were compared with, all on CPU.
         context: the layer that this instance serves, set by `create`.
 
     """
 
     supported_devices: ClassVar[tuple[str, ...]] = DEVICES
     granularity: ClassVar[tuple[str, ...]] = ()
-    checked_against: ClassVar[tuple[str, ...]] = ()
+    checked_against: ClassVar[dict[str, tuple[str, ...]]] = {}
     context: LayerContext
 
     @classmethod

@@ -32,7 +32,7 @@ class AscendW4A16LinearMethod(AscendW8A16LinearMethod):
     """
 
     granularity = ("per channel", "per group")
-    checked_against = ("qwen3/V0_W4A16",)
+    checked_against = {"W4A16": ("qwen3/V0_W4A16",)}
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight`."""

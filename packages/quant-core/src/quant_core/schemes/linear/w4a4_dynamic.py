@@ -29,7 +29,7 @@ class AscendW4A4DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
     """
 
     granularity = ("per channel", "per group")
-    checked_against = ("qwen3/W4A4_DYNAMIC", "qwen3/W4A4_DYNAMIC_LAOS_ONLINE")
+    checked_against = {"W4A4_DYNAMIC": ("qwen3/W4A4_DYNAMIC", "qwen3/W4A4_DYNAMIC_LAOS_ONLINE")}
     _packed: bool
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:

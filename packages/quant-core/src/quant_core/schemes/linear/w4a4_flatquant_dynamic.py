@@ -114,7 +114,7 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
     """
 
     granularity = ("per channel",)
-    checked_against = ("qwen3/W4A4_FLATQUANT_DYNAMIC",)
+    checked_against = {"W4A4_FLATQUANT_DYNAMIC": ("qwen3/W4A4_FLATQUANT_DYNAMIC",)}
     supported_devices = ("910B", "910C", "950", "cpu")
 
     _ratios: tuple[float, ...]

@@ -22,6 +22,9 @@ class AscendW4A4MXFP4LinearMethod(MXLinearScheme):
     """
 
     granularity = ("blocks of 32",)
-    checked_against = ("qwen3/W4A4_MXFP4", "qwen3/W4A4_MXFP4_SVD")
+    checked_against = {
+        "W4A4_MXFP4": ("qwen3/W4A4_MXFP4",),
+        "W4A4_MXFP4_SVD": ("qwen3/W4A4_MXFP4_SVD",),
+    }
     weight_fp4 = True
     quantisation = TO_FP4

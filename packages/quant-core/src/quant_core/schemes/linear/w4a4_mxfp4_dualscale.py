@@ -36,7 +36,7 @@ class AscendW4A4MXFP4DualScaleLinearMethod(MXLinearScheme):
     """
 
     granularity = ("blocks of 32 and 512",)
-    checked_against = ("qwen3/W4A4_MXFP4_DUALSCALE",)
+    checked_against = {"W4A4_MXFP4_DUALSCALE": ("qwen3/W4A4_MXFP4_DUALSCALE",)}
     weight_fp4 = True
     quantisation = TO_FP4
 

@@ -40,7 +40,7 @@ class AscendW4A4MXFP4FlatQuantLinearMethod(MXLinearScheme):
     """
 
     granularity = ("blocks of 32",)
-    checked_against = ("qwen3/W4A4_MXFP4_FLATQUANT",)
+    checked_against = {"W4A4_MXFP4_FLATQUANT": ("qwen3/W4A4_MXFP4_FLATQUANT",)}
     weight_fp4 = True
     quantisation = TO_FP4
 

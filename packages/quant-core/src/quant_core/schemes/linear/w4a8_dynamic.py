@@ -40,7 +40,7 @@ class AscendW4A8DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
     """
 
     granularity = ("per channel", "per group")
-    checked_against = ("qwen3/W4A8_DYNAMIC", "qwen3/V0_W4A8_DYNAMIC_GROUP64")
+    checked_against = {"W4A8_DYNAMIC": ("qwen3/W4A8_DYNAMIC", "qwen3/V0_W4A8_DYNAMIC_GROUP64")}
     _packed: bool
 
     @classmethod

@@ -27,7 +27,7 @@ class AscendW4A8MXFPLinearMethod(MXLinearScheme):
     """
 
     granularity = ("blocks of 32",)
-    checked_against = ("qwen3/W4A8_MXFP",)
+    checked_against = {"W4A8_MXFP": ("qwen3/W4A8_MXFP",)}
     weight_fp4 = True
     quantisation = TO_FP8
     group_sizes: ClassVar[list[int]] = [0, 0, mx.BLOCK]

@@ -1,7 +1,5 @@
 """W8A16: int8 weights, per output channel or per group, multiplied with activations in the model's dtype."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
     """
 
     granularity = ("per channel", "per group")
-    checked_against: ClassVar[tuple[str, ...]] = ("qwen3/W8A16_ASYM", "qwen3/W8A16_GROUP64")
+    checked_against = {"W8A16": ("qwen3/W8A16_ASYM", "qwen3/W8A16_GROUP64", "qwen3/MIXED_LAYERS")}
 
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:

@@ -38,14 +38,17 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
     """
 
     granularity = ("per channel",)
-    checked_against = (
-        "qwen3/W8A8",
-        "qwen3/W8A8_FP16",
-        "qwen3/V0_W8A8_LEGACYNAMES",
-        "qwen3/V0_W8A8S",
-        "qwen3/V0_W8A8_M4",
-        "qwen2/W8A8",
-    )
+    checked_against = {
+        "W8A8": (
+            "qwen3/W8A8",
+            "qwen3/W8A8_FP16",
+            "qwen3/V0_W8A8_LEGACYNAMES",
+            "qwen3/V0_W8A8_M4",
+            "qwen2/W8A8",
+            "qwen3/MIXED_LAYERS",
+        ),
+        "W8A8S": ("qwen3/V0_W8A8S",),
+    }
     folds_bias = True
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:

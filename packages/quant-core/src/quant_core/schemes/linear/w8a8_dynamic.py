@@ -1,7 +1,5 @@
 """W8A8_DYNAMIC: int8 weights with one scale per output channel, activations quantised per token at run time."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +27,14 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
     """
 
     granularity = ("per channel", "per group")
-    checked_against: ClassVar[tuple[str, ...]] = (
-        "qwen3/W8A8_DYNAMIC_SHARDED",
-        "qwen2/W8A8_DYNAMIC",
-        "qwen3/W4A4_DYNAMIC_LAOS_ONLINE",
-    )
+    checked_against = {
+        "W8A8_DYNAMIC": (
+            "qwen3/W8A8_DYNAMIC_SHARDED",
+            "qwen2/W8A8_DYNAMIC",
+            "qwen3/W4A4_DYNAMIC_LAOS_ONLINE",
+            "qwen3/MIXED_LAYERS",
+        ),
+    }
 
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:

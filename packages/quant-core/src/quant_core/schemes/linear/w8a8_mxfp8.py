@@ -18,6 +18,6 @@ class AscendW8A8MXFP8LinearMethod(MXLinearScheme):
     """
 
     granularity = ("blocks of 32",)
-    checked_against = ("qwen3/W8A8_MXFP8", "qwen3/MIXED_LAYERS")
+    checked_against = {"W8A8_MXFP8": ("qwen3/W8A8_MXFP8", "qwen3/MIXED_LAYERS")}
     weight_fp4 = False
     quantisation = TO_FP8

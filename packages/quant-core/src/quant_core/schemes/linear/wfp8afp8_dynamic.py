@@ -31,7 +31,7 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
     """
 
     granularity = ("per channel",)
-    checked_against = ("qwen3/WFP8AFP8_DYNAMIC",)
+    checked_against = {"WFP8AFP8_DYNAMIC": ("qwen3/WFP8AFP8_DYNAMIC",)}
     supported_devices = MX_DEVICES
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
