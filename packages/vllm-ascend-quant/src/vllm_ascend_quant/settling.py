@@ -16,7 +16,7 @@ from quant_core import LayerQuant, LayerResolutionError, LimitError, UnknownLaye
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
-from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
+from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.naming import ModelPaths
 from vllm_ascend_quant.probing import ask_loader
 
@@ -102,8 +102,7 @@ def _settle_vocabulary(
 ) -> bool:
     """Whether a head or an embedding was made again. Those that the checkpoint lacks are float, or tied."""
     remade = False
-    if _holds_another_weight(layer):
-        raise _tied(places[0], [places[0], "an embedding"])
+    _check_own_weight(layer, places[0])
     for path in places:
         modules = paths.stored_at.get(path, ())
         try:
@@ -116,17 +115,19 @@ def _settle_vocabulary(
             raise _tied(path, places)
         config.layers[path] = quant
         remade |= _apply_decision(path, layer, quant, config)
-    if stored_parameters(layer) and not isinstance(layer.quant_method, AscendLinearMethod):
-        raise _tied(places[0], [places[0], "an embedding"])
     return remade
 
 
-def _holds_another_weight(layer: VocabParallelEmbedding) -> bool:
-    """Whether a quantised head was given the embedding's weight: an older vLLM ties where the files hold both."""
-    method, own = layer.quant_method, layer.named_parameters(recurse=False)
-    return isinstance(method, AscendLinearMethod) and any(
-        name != "bias" and getattr(param, "owner", None) != method.name for name, param in own
-    )
+def _check_own_weight(layer: VocabParallelEmbedding, path: str) -> None:
+    """Refuse a head that was given the weight of an embedding, if either is quantised.
+
+    vLLM ties them where the files hold one of them; an older vLLM where they hold both.
+    """
+    method = layer.quant_method
+    name = method.name if isinstance(method, AscendLinearMethod) else None
+    own = {param for param_name, param in layer.named_parameters(recurse=False) if param_name != "bias"}
+    if any(getattr(param, "owner", None) != name for param in own):
+        raise _tied(path, [path, "an embedding"])
 
 
 def _tied(path: str, layers: list[str]) -> LimitError:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from quant_core import AscendLinearScheme, LayerQuery, LimitError, Partition
+from quant_core import AscendLinearScheme, LimitError
 from quant_core.schemes.handover import hand_over
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
 from vllm_ascend_quant.parameter import load_vocabulary
@@ -30,16 +30,7 @@ class AscendEmbeddingMethod(AscendLinearMethod):
     ) -> None:
         """As AscendLinearMethod.create_weights; a LimitError too if a row cannot be looked up by itself."""
         assert isinstance(layer, VocabParallelEmbedding)
-        query = LayerQuery(
-            name=self.name,
-            input_size=input_size,
-            output_sizes=(layer.org_vocab_size,),
-            local_output_sizes=tuple(output_partition_sizes),
-            params_dtype=params_dtype,
-            partition=Partition("column", layer.tp_rank, layer.tp_size),
-            has_bias=getattr(layer, "has_bias", False),
-        )
-        self.make_scheme(query)
+        self.make_scheme(layer, input_size, output_partition_sizes, params_dtype)
         self.add_parameters(layer, load_vocabulary)
         for param in stored_parameters(layer).values():
             param.vocabulary = (layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index)

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from quant_core import (
     AscendLinearScheme,
@@ -74,17 +75,7 @@ class AscendLinearMethod(LinearMethodBase):
 
         """
         assert isinstance(layer, LinearBase)
-        query = LayerQuery(
-            name=self.name,
-            input_size=input_size,
-            output_sizes=full_sizes(layer, output_partition_sizes),
-            local_output_sizes=tuple(output_partition_sizes),
-            params_dtype=params_dtype,
-            partition=_partition(layer),
-            has_bias=layer.has_bias,
-            role=_role(),
-        )
-        scheme = self.make_scheme(query)
+        scheme = self.make_scheme(layer, input_size, output_partition_sizes, params_dtype)
         if scheme.folds_bias and layer.has_bias and layer.skip_bias_add:
             raise LimitError(
                 f"{self.name}: this layer hands its bias to the model, but {self.quant.quant_type} stores it inside "
@@ -98,9 +89,21 @@ class AscendLinearMethod(LinearMethodBase):
         # Schemes written for vllm-ascend remember sizes that a hook was given: those of the whole layer on this rank.
         scheme.params(input_size_per_partition, sum(output_partition_sizes))
 
-    def make_scheme(self, query: LayerQuery) -> AscendLinearScheme:
+    def make_scheme(
+        self, layer: nn.Module, input_size: int, local_sizes: list[int], params_dtype: torch.dtype
+    ) -> AscendLinearScheme:
         """The scheme for the layer, kept in `quant_method`; raises as QuantFormat.create_scheme."""
         assert self.config.format is not None
+        query = LayerQuery(
+            name=self.name,
+            input_size=input_size,
+            output_sizes=full_sizes(layer, local_sizes),
+            local_output_sizes=tuple(local_sizes),
+            params_dtype=params_dtype,
+            partition=_partition(layer),
+            has_bias=getattr(layer, "has_bias", False),
+            role=_role(),
+        )
         scheme = self.config.format.create_scheme(query, _one_module_per_member(self.quant, query))
         assert isinstance(scheme, AscendLinearScheme)
         self.quant_method = scheme
@@ -195,11 +198,11 @@ def _one_module_per_member(quant: LayerQuant, query: LayerQuery) -> LayerQuant:
     return replace(quant, modules=modules, stored=tuple(quant.stored[index] for index in members))
 
 
-def _partition(layer: LinearBase) -> Partition:
+def _partition(layer: nn.Module) -> Partition:
     if isinstance(layer, RowParallelLinear):
         exact = layer.tp_size > 1 and exact_tp_wanted()
         return Partition("row", layer.tp_rank, layer.tp_size, max_over_ranks if exact else None)
-    if isinstance(layer, ColumnParallelLinear):
+    if isinstance(layer, (ColumnParallelLinear, VocabParallelEmbedding)):
         return Partition("column", layer.tp_rank, layer.tp_size)
     return Partition()
 
@@ -211,8 +214,10 @@ def _role() -> Literal["prefill", "decode", "both"]:
     return "prefill" if role == "kv_producer" else "decode" if role == "kv_consumer" else "both"
 
 
-def full_sizes(layer: LinearBase, local: list[int]) -> tuple[int, ...]:
-    """Each member's output features over all ranks; key/value heads may be held by several of them."""
+def full_sizes(layer: nn.Module, local: list[int]) -> tuple[int, ...]:
+    """Each member's output features over all ranks: heads may be held by several of them, a vocabulary is padded."""
+    if isinstance(layer, VocabParallelEmbedding):
+        return (layer.org_vocab_size,)
     if isinstance(layer, QKVParallelLinear) and len(local) == 3:  # q, k, v
         return (
             layer.total_num_heads * layer.head_size,

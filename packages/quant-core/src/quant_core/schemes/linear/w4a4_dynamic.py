@@ -9,6 +9,7 @@ from quant_core.schemes.int8 import symmetric
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
 from quant_core.schemes.params import Param
 from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.tokens import token_scale
 
 _PACKED = ("910B", "910C")
 
@@ -47,15 +48,11 @@ class AscendW4A4DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
         process_int4_weight(layer, codes, self._packed)
 
     def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        max_over_ranks = self.context.partition.max_over_ranks
-        if self._packed and max_over_ranks is None:
+        partition = self.context.partition
+        if self._packed and partition.max_over_ranks is None:
             codes, scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.quint4x2)
             return codes, scale
-        peak = rows.abs().amax(dim=-1).to(torch.float32)
-        if max_over_ranks is not None:  # all must use the scale of the whole token
-            peak = max_over_ranks(peak)
-        # The smallest positive scale keeps a zero token from being divided by zero.
-        scale = (peak / 7).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = token_scale(rows, 7, partition)
         if self._packed:
             return torch.ops.npu.npu_quantize(rows, scale.reciprocal(), None, torch.quint4x2, -2, False), scale
         return torch.ops.npu.npu_quantize(rows, scale, None, torch.qint8, 0, True), scale

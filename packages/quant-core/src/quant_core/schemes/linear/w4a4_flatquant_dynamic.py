@@ -15,8 +15,9 @@ from quant_core.schemes.flatquant import (
     transform_sizes,
     turned_back,
 )
+from quant_core.schemes.groups import scale_params
 from quant_core.schemes.int8 import int8_codes, symmetric_scale
-from quant_core.schemes.params import Param, float_values, int4, positive, replace_parameter, tensor_of, zero
+from quant_core.schemes.params import Param, float_values, int4, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 
 __all__ = [
@@ -149,14 +150,9 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         """`left_trans`, `right_trans` and `clip_ratio`."""
         return transform_params(self.context)
 
-    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight_scale` and `weight_offset`."""
-        form, params = self.context.form, {}
-        for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", zero, 0.0)):
-            if name == "weight_scale" or form.has(name, default=True):
-                dtype = form.float_dtype(name)
-                params[name] = Param((output_size, 1), dtype, output_dim=0, check=check, dummy=dummy)
-        return params
+        return scale_params(self.context.form, input_size, output_size)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack the weight, transpose left_trans, take clip ratios off the layer, drop the offset, which is zero.

@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from quant_core.packing import pack_pairs
 from quant_core.schemes.context import LayerContext
-from quant_core.schemes.groups import groups_of, unequal_groups
+from quant_core.schemes.groups import groups_of, scale_params, unequal_groups
 from quant_core.schemes.int4 import int4_codes, int4_weight, packed_along_out, packed_at_run_time, process_int4_weight
 from quant_core.schemes.int8 import symmetric
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
-from quant_core.schemes.params import Param, finite, float_values, positive, replace_parameter, tensor_of, zero
+from quant_core.schemes.params import Param, finite, float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 
 _PACKED = ("910B", "910C")
@@ -56,18 +56,9 @@ class AscendW4A8DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
         """Scales and offsets of both stages, and `scale_bias`."""
         form = self.context.form
         params = super().get_pergroup_param(input_size, output_size, params_dtype)
-        groups = groups_of(self.context, "weight_scale_second")
-        for name, check, dummy in (("weight_scale_second", positive, 1.0), ("weight_offset_second", zero, 0.0)):
-            if form.has(name):
-                params[name] = Param(
-                    (output_size, groups),
-                    form.dtype(name, torch.float32) if name == "weight_offset_second" else form.float_dtype(name),
-                    output_dim=0,
-                    input_dim=1 if groups > 1 else None,
-                    input_step=input_size // groups,
-                    check=check,
-                    dummy=dummy,
-                )
+        if form.has("weight_scale_second"):
+            groups = groups_of(self.context, "weight_scale_second")
+            params |= scale_params(form, input_size, output_size, groups, "_second")
         if form.has("scale_bias", default=True):
             parts = groups_of(self.context, "scale_bias")
             params["scale_bias"] = Param(

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.context import LayerContext
-from quant_core.schemes.groups import groups_of, unequal_groups
+from quant_core.schemes.groups import groups_of, scale_params, unequal_groups
 from quant_core.schemes.int8 import int8_weight, symmetric, transpose_weight
-from quant_core.schemes.params import Param, finite, float_values, positive, replace_parameter, tensor_of
+from quant_core.schemes.params import Param, finite, float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 
 
@@ -40,21 +40,8 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
 
     def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight_scale` and `weight_offset`; one group is per channel."""
-        form, groups = self.context.form, groups_of(self.context)
-        input_dim = 1 if groups > 1 else None
-        params = {}
-        for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", finite, 0.0)):
-            if name == "weight_scale" or form.has(name, default=True):
-                params[name] = Param(
-                    (output_size, groups),
-                    form.float_dtype(name),
-                    output_dim=0,
-                    input_dim=input_dim,
-                    input_step=input_size // groups,
-                    check=check,
-                    dummy=dummy,
-                )
-        return params
+        groups = groups_of(self.context)
+        return scale_params(self.context.form, input_size, output_size, groups, offset=finite)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose everything; the operator wants scale and offset in the model's dtype."""

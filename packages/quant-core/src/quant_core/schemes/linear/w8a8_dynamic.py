@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.context import LayerContext
-from quant_core.schemes.groups import groups_of, unequal_groups
+from quant_core.schemes.groups import groups_of, scale_params, unequal_groups
 from quant_core.schemes.int8 import int8_weight, symmetric, transpose_weight
-from quant_core.schemes.params import Param, float_values, positive, replace_parameter, tensor_of, zero
+from quant_core.schemes.params import Param, float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.tokens import token_scale
 
 
 @register_scheme("W8A8_DYNAMIC", "linear")
@@ -47,21 +48,7 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
 
     def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight_scale` and `weight_offset`; one group is per channel."""
-        form, groups = self.context.form, groups_of(self.context)
-        input_dim, input_step = (1, input_size // groups) if groups > 1 else (None, 1)
-        params = {}
-        for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", zero, 0.0)):
-            if name == "weight_scale" or form.has(name, default=True):
-                params[name] = Param(
-                    (output_size, groups),
-                    form.float_dtype(name),
-                    output_dim=0,
-                    input_dim=input_dim,
-                    input_step=input_step,
-                    check=check,
-                    dummy=dummy,
-                )
-        return params
+        return scale_params(self.context.form, input_size, output_size, groups_of(self.context))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose weight and scale, drop the offset, which is zero."""
@@ -101,14 +88,11 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
         transpose_weight(layer)
 
     def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        max_over_ranks = self.context.partition.max_over_ranks
-        if max_over_ranks is None:
+        partition = self.context.partition
+        if partition.max_over_ranks is None:
             codes, scale = torch.ops.npu.npu_dynamic_quant(rows)
             return codes, scale
-        # Each rank holds a slice of every token, and all must use the scale of the whole token. The smallest positive
-        # scale keeps a zero token from being divided by zero.
-        peak = max_over_ranks(rows.abs().amax(dim=-1).to(torch.float32))
-        scale = (peak / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = token_scale(rows, 127, partition)
         return torch.ops.npu.npu_quantize(rows, scale, None, torch.qint8, 0, True), scale
 
     def dequantize(self, layer: nn.Module) -> Tensor:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.groups import scale_params
 from quant_core.schemes.int8 import symmetric_scale
 from quant_core.schemes.mx import MX_DEVICES, fp8_weight
-from quant_core.schemes.params import Param, float_values, positive, replace_parameter, tensor_of, zero
+from quant_core.schemes.params import Param, float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.tokens import token_scale
 
 _LARGEST = 448.0
 
@@ -38,14 +40,9 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
         """`weight`."""
         return {"weight": fp8_weight(input_size, output_size)}
 
-    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """`weight_scale` and `weight_offset`."""
-        form, params = self.context.form, {}
-        for name, check, dummy in (("weight_scale", positive, 1.0), ("weight_offset", zero, 0.0)):
-            if name == "weight_scale" or form.has(name, default=True):
-                dtype = form.float_dtype(name)
-                params[name] = Param((output_size, 1), dtype, output_dim=0, check=check, dummy=dummy)
-        return params
+        return scale_params(self.context.form, input_size, output_size)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose the weight, drop the offset, which is zero."""
@@ -68,14 +65,11 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        max_over_ranks = self.context.partition.max_over_ranks
-        if max_over_ranks is None:
+        partition = self.context.partition
+        if partition.max_over_ranks is None:
             codes, scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.float8_e4m3fn)
             return codes, scale
-        # Each rank holds a slice of every token, and all must use the scale of the whole token. The smallest positive
-        # scale keeps a zero token from being divided by zero.
-        peak = max_over_ranks(rows.abs().amax(dim=-1).to(torch.float32))
-        scale = (peak / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = token_scale(rows, _LARGEST, partition)
         quotients = rows.to(torch.float32) / scale[:, None]
         return quotients.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
 
