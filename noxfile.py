@@ -224,6 +224,13 @@ def options(session: nox.Session) -> tuple[str, list[str]]:
     return known.device, rest
 
 
+def workers(device: str) -> list[str]:
+    """How many processes pytest runs tests in; ``-- -n 0`` is one, as debuggers want it."""
+    # Tests would wait for each other on one NPU. More than four engines fill the memory of a laptop.
+    count = 0 if device == "npu" else min(4, os.cpu_count() or 1)
+    return ["-n", str(count), "--dist", "worksteal"]
+
+
 def variables(device: str, vllm: str = "") -> dict[str, str]:
     """Environment variables for our own code; a path among them absolute, since tests run in another folder."""
     data = os.environ.get("ASCEND_QUANT_TEST_DATA")
@@ -314,7 +321,7 @@ def test(session: nox.Session, package: Package) -> None:
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
         prove(session, python, names, package.vllm)
         tests, settings = ROOT / "packages" / package.name / "tests", ROOT / "pyproject.toml"
-        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *arguments]
+        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers(device), *arguments]
         session.run(*command, env=variables(device, package.vllm), external=True)
 
 
@@ -347,7 +354,7 @@ def test_schemas(session: nox.Session) -> None:
         prove(session, python, ("quant-core",), TORCH_DEVICE_BACKEND_AUTOLOAD="0", PYTHONWARNINGS="ignore")
         tool, settings = ROOT / "tools" / "torch_npu_without_cann.py", ROOT / "pyproject.toml"
         tests = ROOT / "packages" / "quant-core" / "tests" / "schemas"
-        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *arguments]
+        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers("cpu"), *arguments]
         session.run(str(python), str(tool), "run", "--", *command, env=variables("cpu"), external=True)
 
 

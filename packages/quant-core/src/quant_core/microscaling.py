@@ -5,6 +5,8 @@ the first in the lower half. E8M0 is the exponent of a power of two: byte e stan
 block of 32 elements shares one.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -114,12 +116,25 @@ def in_blocks(values: Tensor) -> Tensor:
 
 def scale_blocks_(values: Tensor, scales: Tensor) -> Tensor:
     """Multiply float32 values [..., k] by one factor per block [..., blocks or more], in place."""
-    whole = values.shape[-1] // BLOCK
-    head, tail = values[..., : whole * BLOCK], values[..., whole * BLOCK :]
+    return combine_blocks_(Tensor.mul_, values, scales, BLOCK)
+
+
+def combine_blocks_(combine: Callable[[Tensor, Tensor], Tensor], values: Tensor, others: Tensor, length: int) -> Tensor:
+    """Combine each block of values [..., k] with one of its own [..., blocks or more], in place.
+
+    Args:
+        combine: Tensor.mul_, Tensor.add_ or alike.
+        values: contiguous.
+        others: one for each block.
+        length: of a block; the last one may be short.
+
+    """
+    whole = values.shape[-1] // length
+    head, tail = values[..., : whole * length], values[..., whole * length :]
     if whole:
-        head.unflatten(-1, (whole, BLOCK)).mul_(scales[..., :whole, None])
+        combine(head.unflatten(-1, (whole, length)), others[..., :whole, None])
     if tail.shape[-1]:
-        tail.mul_(scales[..., whole : whole + 1])
+        combine(tail, others[..., whole : whole + 1])
     return values
 
 

@@ -91,6 +91,15 @@ def test_the_offset_is_added() -> None:
     assert got.item() == 26
 
 
+@pytest.mark.parametrize("offset", [0.0, 128.0, -128.0, 129.0, 300.0, 0.3, -77.5])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_offsets_are_rounded_where_a_dtype_has_no_such_sum(dtype: torch.dtype, offset: float) -> None:
+    x, weight, scale = torch.randn(M, K).to(dtype), codes(N, K).t(), (torch.rand(N) / 100).to(dtype)
+    added = torch.full((N,), offset).to(dtype)
+    got = npu.npu_weight_quant_batchmatmul(x, weight, scale, added)
+    check(got, x, exact_weight(weight, scale, added, dtype), None)
+
+
 def test_quantised_output() -> None:
     x, weight, scale = torch.randn(M, K), codes(N, K).t(), torch.rand(N) / 100
     quant_scale, quant_offset = torch.rand(N) * 10, torch.randint(-9, 9, (N,)).to(torch.float32)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quant_core.ops import shapes
-from quant_core.ops.cpu import float_matmul, int4, kronecker, layout, matmul, mx, quantize
+from quant_core.ops.cpu import float_matmul, int4, kronecker, layout, matmul, mx, quantize, weight_only
 from quant_core.ops.schemas import SCHEMAS
 
 CPU_KERNELS: dict[str, Callable[..., Any]] = {
@@ -22,7 +22,7 @@ CPU_KERNELS: dict[str, Callable[..., Any]] = {
     "npu_dynamic_quant": quantize.npu_dynamic_quant,
     "npu_quant_matmul": matmul.npu_quant_matmul,
     "npu_trans_quant_param": quantize.npu_trans_quant_param,
-    "npu_weight_quant_batchmatmul": matmul.npu_weight_quant_batchmatmul,
+    "npu_weight_quant_batchmatmul": weight_only.npu_weight_quant_batchmatmul,
     "npu_format_cast": layout.npu_format_cast,
     "npu_convert_weight_to_int4pack": int4.npu_convert_weight_to_int4pack,
     "npu_kronecker_quant": kronecker.npu_kronecker_quant,

@@ -1,11 +1,10 @@
 """Products of FP8 and FP4 matrices (operators.md, sections 4 and 8)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from quant_core import microscaling as mx
+from quant_core.ops.cpu.blocks import product
 from quant_core.ops.cpu.decode import Decoder
 from quant_core.ops.cpu.mx import LEVEL0
 from quant_core.ops.dtypes import dtype_of
@@ -13,12 +12,6 @@ from quant_core.ops.dtypes import dtype_of
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FP4 = torch.float4_e2m1fn_x2
 _TARGETS = (torch.float16, torch.bfloat16, torch.float32)
-
-# float32 values of the weight that are made at a time: enough for a fast product, and they stay in the cache.
-_BLOCK = 2**19
-
-# So few rows are multiplied faster the other way round.
-_FEW_ROWS = 128
 
 
 def float_matmul(
@@ -140,18 +133,6 @@ def npu_dual_level_quant_matmul(
     rows, decode = decoded(Decoder(), x1, x1_level0_scale, x1_level1_scale), Decoder()
     y = product(rows, n, lambda part: decoded(decode, x2[part], factors[part], x2_level1_scale[part]))
     return (y if bias is None else y.add_(bias.to(torch.float32))).to(target)
-
-
-def product(rows: Tensor, n: int, weight: Callable[[slice], Tensor]) -> Tensor:
-    """Float32 rows [m, k] times the n rows of a weight, of which `weight` makes as many at a time as fit the cache."""
-    m, k = rows.shape
-    y = torch.empty(m, n, dtype=torch.float32)
-    width = max(64, _BLOCK // max(1, k) // 64 * 64)
-    for start in range(0, n, width):
-        part = slice(start, min(n, start + width))
-        block = weight(part)
-        y[:, part] = (block @ rows.t()).t() if m <= _FEW_ROWS else rows @ block.t()
-    return y
 
 
 def weight_rows(x2: Tensor, k: int, fp4: bool) -> Tensor:

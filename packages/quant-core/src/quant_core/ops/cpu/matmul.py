@@ -1,10 +1,10 @@
-"""Quantised matrix products (operators.md, sections 4 and 7)."""
+"""Quantised matrix products (operators.md, section 4)."""
 
 import torch
 from torch import Tensor
 
 from quant_core.ops.cpu.float_matmul import float_matmul
-from quant_core.ops.cpu.int4 import int8_operands, int8_weight
+from quant_core.ops.cpu.int4 import int8_operands
 from quant_core.ops.cpu.int4_gemm import int4_gemm, takes
 from quant_core.ops.cpu.int8_gemm import int8_gemm
 from quant_core.ops.cpu.quantize import fp19, saturated
@@ -126,66 +126,6 @@ def _unused(
     }
 
 
-def npu_weight_quant_batchmatmul(
-    x: Tensor,
-    weight: Tensor,
-    antiquant_scale: Tensor,
-    antiquant_offset: Tensor | None = None,
-    quant_scale: Tensor | None = None,
-    quant_offset: Tensor | None = None,
-    bias: Tensor | None = None,
-    antiquant_group_size: int = 0,
-    inner_precise: int = 0,
-    weight_dtype: int | None = None,
-) -> Tensor:
-    """x @ ((weight + offset) * scale) + bias. The offset is added: a format that subtracts passes it negated.
-
-    Args:
-        x: [m, k] floating.
-        weight: int8 [k, n], or int4 in int32 [k, n / 8] or [k / 8, n].
-        antiquant_scale: in x's dtype: [1], [n], [1, n], or [ceil(k / group), n].
-        antiquant_offset: as the scale.
-        quant_scale: of an int8 output: [1] or [n].
-        quant_offset: of an int8 output.
-        bias: [n].
-        antiquant_group_size: input features that share a scale; 0 for all.
-        inner_precise: a hint for the device.
-        weight_dtype: None, for int8.
-
-    Returns:
-        [m, n] in x's dtype, or int8.
-
-    Raises:
-        NotImplementedError: for weights of other types.
-        ValueError: for a scale or offset in another dtype than x, which the device refuses, or more axes than it takes.
-
-    """
-    if x.dim() != 2:
-        raise ValueError(f"npu_weight_quant_batchmatmul: x has the shape {list(x.shape)}, the device takes [m, k] only")
-    if weight.dtype == torch.int32:
-        weight = int8_weight(weight, x.shape[1])
-    if weight.dtype != torch.int8 or weight_dtype is not None:
-        raise NotImplementedError(f"npu_weight_quant_batchmatmul: the CPU kernel has int8 weights, not {weight.dtype}")
-    if any(t is not None and t.dtype != x.dtype for t in (antiquant_scale, antiquant_offset)):
-        raise ValueError(
-            f"npu_weight_quant_batchmatmul: antiquant_scale and antiquant_offset must be {x.dtype}, as x is"
-        )
-    # Rounded to x's dtype after the addition and again after the product, as the device does.
-    floats = weight.to(x.dtype)
-    if antiquant_offset is not None:
-        floats = floats + _per_row(antiquant_offset, weight, antiquant_group_size)
-    floats = floats * _per_row(antiquant_scale, weight, antiquant_group_size)
-    values = x.to(torch.float32) @ floats.to(torch.float32)
-    if bias is not None:
-        values = values + bias.to(torch.float32)
-    if quant_scale is None:
-        return values.to(x.dtype)
-    values = values * quant_scale.to(torch.float32)
-    if quant_offset is not None:
-        values = values + quant_offset.to(torch.float32)
-    return saturated(values).to(torch.int8)
-
-
 def _batched_gemm(x1: Tensor, x2: Tensor) -> Tensor:
     """int32 sums; batch axes broadcast."""
     if x2.dim() == 2:  # one weight for all rows
@@ -213,10 +153,3 @@ def _to_int8(sums: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 def _plain(scale: Tensor) -> Tensor:
     """A scale as float32. An encoded one is what its low 32 bits say."""
     return fp19(scale) if scale.dtype == torch.int64 else scale.to(torch.float32)
-
-
-def _per_row(values: Tensor, weight: Tensor, group_size: int) -> Tensor:
-    """Scales or offsets broadcast to [k, n], or to [1, n] where all rows share them."""
-    if group_size == 0:
-        return values.reshape(1, -1)
-    return values.repeat_interleave(group_size, dim=0)[: weight.shape[0]]
