@@ -383,6 +383,6 @@ def bench(session: nox.Session) -> None:
     install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
     pip(session, python, "install", "--no-deps", *GROUPS["bench"])
     name, *arguments = session.posargs or [""]
-    for script in [name] if name else ["linear", "schemes", "overhead", "resolve", "loading"]:
+    for script in [name] if name else ["linear", "schemes", "overhead", "resolve", "loading", "server"]:
         file = str(ROOT / "benchmarks" / f"{script}.py")
         session.run(str(python), file, *arguments, env=variables("cpu", VLLM), external=True)
