@@ -70,13 +70,7 @@ def npu_quant_matmul(
     if not (packed or x1.dtype == x2.dtype == torch.int8) or group_sizes or y_scale is not None:
         raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has int8 x int8, not {x1.dtype} x {x2.dtype}")
     target = torch.int8 if output_dtype is None else dtype_of(output_dtype)
-    if target not in _TARGETS:
-        raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has no output {target}; it has {list(_TARGETS)}")
-    if scale.numel() not in (1, x2.shape[-1]) or scale.shape[-1:] != (scale.numel(),):
-        raise ValueError(f"npu_quant_matmul: scale is {list(scale.shape)}, expected [1] or [{x2.shape[-1]}]")
-    unused = [name for name, given in _unused(target, offset, pertoken_scale, bias).items() if given]
-    if unused:
-        raise ValueError(f"npu_quant_matmul: an output in {target} does not use {', '.join(unused)}")
+    _check(target, x2.shape[-1], scale, offset, pertoken_scale, bias)
     sums = int4_gemm(x1, x2) if packed else _batched_gemm(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         sums += bias
@@ -114,16 +108,28 @@ def _scaled_block(sums: Tensor, columns: Tensor, rows: Tensor | None, bias: Tens
     return values
 
 
-def _unused(
-    target: torch.dtype, offset: Tensor | None, pertoken_scale: Tensor | None, bias: Tensor | None
-) -> dict[str, bool]:
-    """Arguments that are given and would have no effect on an output of this dtype."""
+def _check(
+    target: torch.dtype,
+    n: int,
+    scale: Tensor,
+    offset: Tensor | None,
+    pertoken_scale: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Refuse outputs that the kernel does not have, and what would have no place or effect in the result."""
+    if target not in _TARGETS:
+        raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has no output {target}; it has {list(_TARGETS)}")
+    if scale.numel() not in (1, n) or scale.shape[-1:] != (scale.numel(),):
+        raise ValueError(f"npu_quant_matmul: scale is {list(scale.shape)}, expected [1] or [{n}]")
     integral = target in (torch.int8, torch.int32)
-    return {
+    given = {
         "offset": offset is not None and target != torch.int8,
         "pertoken_scale": pertoken_scale is not None and integral,
         "a floating bias": bias is not None and bias.dtype != torch.int32 and integral,
     }
+    if any(given.values()):
+        names = ", ".join(name for name, unused in given.items() if unused)
+        raise ValueError(f"npu_quant_matmul: an output in {target} does not use {names}")
 
 
 def _batched_gemm(x1: Tensor, x2: Tensor) -> Tensor:
