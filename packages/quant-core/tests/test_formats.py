@@ -163,7 +163,7 @@ def test_what_cannot_be_served(
 def test_a_form_that_a_scheme_refuses(example: type[QuantFormat], folder: CheckpointFolder) -> None:
     quant = example.load(folder).layer_quant(query("a.q"))
     form = quant.stored[0]
-    scale = replace(form.tensors["weight_scale"], shape=(8, 3))
+    scale = form.tensors["weight_scale"]._replace(shape=(8, 3))
     grouped = replace(quant, stored=(replace(form, tensors={**form.tensors, "weight_scale": scale}),))
     with pytest.raises(UnsupportedSchemeError) as raised:
         example.load(folder).create_scheme(query("a.q"), grouped)

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """What a file's header says of one tensor."""
+class StoredTensor(NamedTuple):
+    """What a file's header says of one tensor. A tuple, because large models have a hundred thousand."""
 
     name: str
     shape: tuple[int, ...]
@@ -17,7 +16,11 @@ class StoredTensor:
     file: str
 
 
-@dataclass(frozen=True)
+#: One for all: a dictionary for each module of a large model would take a tenth of a second.
+_NO_TENSORS: Mapping[str, StoredTensor] = {}
+
+
+@dataclass(frozen=True, slots=True)
 class StoredForm:
     """The tensors of one checkpoint module by canonical suffix (`weight`, `weight_scale`, ...).
 
@@ -26,7 +29,7 @@ class StoredForm:
     """
 
     module: str = ""
-    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    tensors: Mapping[str, StoredTensor] = field(default_factory=lambda: _NO_TENSORS)
 
     def __bool__(self) -> bool:
         """False if nothing is known of the files."""

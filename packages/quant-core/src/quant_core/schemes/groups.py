@@ -36,10 +36,11 @@ def scale_params(
     """
     params = {}
     for name, check, dummy in ((f"weight_scale{stage}", positive, 1.0), (f"weight_offset{stage}", offset, 0.0)):
-        if check is positive or form.has(name, default=True):
+        if check is not offset or form.has(name, default=True):
             params[name] = Param(
                 (output_size, groups),
-                form.dtype(name, torch.float32) if check is zero else form.float_dtype(name),
+                # The tool writes the offsets of a second stage as int64.
+                form.dtype(name, torch.float32) if stage and check is offset else form.float_dtype(name),
                 output_dim=0,
                 input_dim=1 if groups > 1 else None,
                 input_step=input_size // groups if groups > 1 else 1,
