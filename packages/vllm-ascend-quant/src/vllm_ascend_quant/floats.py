@@ -1,7 +1,7 @@
-"""Float linear layers: vLLM loads them itself, and checks neither that all parts came nor that nothing was cut off.
+"""Float layers: vLLM loads them itself, and checks neither that all parts came nor that nothing was cut off.
 
-A fused layer whose k has no bias in the files reports its bias as loaded, and two thirds of it are. Of a tensor with
-more rows than the layer has, vLLM takes the first ones.
+A fused layer whose k has no bias in the files reports its bias as loaded, and two thirds of it are; experts as loaded
+when one of them is. Of a tensor with more rows than the layer has, vLLM takes the first ones.
 """
 
 import math
@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from quant_core import CheckpointFolder, LoadError
 from quant_core.errors import listing
+from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.linear import full_sizes
 from vllm_ascend_quant.parameter import AscendParameter
@@ -21,6 +22,13 @@ from vllm_ascend_quant.parameter import AscendParameter
 def linear_layers(model: nn.Module) -> dict[str, LinearBase]:
     """The linear layers by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LinearBase)}
+
+
+def filled_in_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers by path whose parameters are filled by several tensors: linear ones and experts."""
+    experts = compat.expert_layer_class()
+    found = {path: module for path, module in model.named_modules() if isinstance(module, experts)}
+    return {**linear_layers(model), **found}
 
 
 def check_rows(model: nn.Module, config: AscendQuantizationConfig, folder: CheckpointFolder) -> None:
@@ -59,7 +67,7 @@ def check_rows(model: nn.Module, config: AscendQuantizationConfig, folder: Check
 
 def mark_unfilled(model: nn.Module) -> None:
     """Fill what is about to be loaded with NaN."""
-    for layer in linear_layers(model).values():
+    for layer in filled_in_parts(model).values():
         for param in _float_parameters(layer).values():
             param.data.fill_(math.nan)
 
@@ -67,13 +75,17 @@ def mark_unfilled(model: nn.Module) -> None:
 def unfilled(model: nn.Module, config: AscendQuantizationConfig) -> list[str]:
     """The tensors of which nothing, or only NaN, came; by the members' names where they are known."""
     names = []
-    for path, layer in linear_layers(model).items():
+    for path, layer in filled_in_parts(model).items():
         modules = config.layers[path].modules if path in config.layers else ()
         for suffix, param in _float_parameters(layer).items():
             empty = param.data.isnan().reshape(len(param), -1).any(dim=1)
-            sizes = _local_sizes(layer)
             if not bool(empty.any()):
                 continue
+            if not isinstance(layer, LinearBase):
+                experts = listing(map(str, empty.nonzero().flatten().tolist()))
+                names.append(f"{path}.{suffix} of this rank's experts {experts}")
+                continue
+            sizes = _local_sizes(layer)
             if len(modules) == len(sizes) and sum(sizes) == len(empty):
                 parts = zip(modules, empty.split(sizes), strict=True)
                 names += [f"{module}.{suffix}" for module, part in parts if bool(part.any())]
@@ -86,6 +98,6 @@ def _local_sizes(layer: LinearBase) -> list[int]:
     return cast(list[int], layer.output_partition_sizes)
 
 
-def _float_parameters(layer: LinearBase) -> dict[str, nn.Parameter]:
+def _float_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     own = layer.named_parameters(recurse=False)
     return {n: p for n, p in own if not isinstance(p, AscendParameter) and p.is_floating_point() and p.numel()}

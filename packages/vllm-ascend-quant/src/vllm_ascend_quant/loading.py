@@ -18,7 +18,7 @@ from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.explaining import layers_hint, stopped
-from vllm_ascend_quant.floats import check_rows, linear_layers, mark_unfilled, unfilled
+from vllm_ascend_quant.floats import check_rows, filled_in_parts, linear_layers, mark_unfilled, unfilled
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.naming import ModelPaths
 from vllm_ascend_quant.parameter import AscendParameter
@@ -111,13 +111,13 @@ def check_loaded(model: nn.Module) -> None:
     config = loading.config
     names, called = loading.names, loading.called
     loading.names, loading.called = None, False
-    linear = {id(param) for layer in linear_layers(model).values() for param in layer.parameters(recurse=False)}
+    in_parts = {id(param) for layer in filled_in_parts(model).values() for param in layer.parameters(recurse=False)}
     inside: set[frozenset[str]] = set()
     others: set[frozenset[str]] = set()
     for aliases, param in _parameters_with_names(model):
         if not _exempt(model.get_submodule(aliases[0].rpartition(".")[0]), param):
-            (inside if id(param) in linear else others).add(frozenset(aliases))
-    # Linear layers are seen to by what they hold: some models fill more of them than they report.
+            (inside if id(param) in in_parts else others).add(frozenset(aliases))
+    # These are seen to by what they hold: some models fill more of them than they report.
     loading.expected = frozenset({*others, *(aliases for aliases in inside if not aliases.isdisjoint(names or ()))})
     if not called:
         return
