@@ -228,7 +228,7 @@ def workers(device: str) -> list[str]:
     """How many processes pytest runs tests in; ``-- -n 0`` is one, as debuggers want it."""
     # Tests would wait for each other on one NPU. More than four engines fill the memory of a laptop.
     count = 0 if device == "npu" else min(4, os.cpu_count() or 1)
-    return ["-n", str(count), "--dist", "worksteal"]
+    return ["-n", str(count), "--dist", "loadgroup"]
 
 
 def variables(device: str, vllm: str = "") -> dict[str, str]:

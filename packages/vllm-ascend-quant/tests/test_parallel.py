@@ -20,6 +20,9 @@ import ranks
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
+
+# One after the other: an engine of several processes keeps both cores of a small machine busy.
+pytestmark = pytest.mark.xdist_group("engines of several processes")
 QWEN3 = "msmodelslim/qwen3"
 EXACT_TP = {"additional_config": {"ascend_quant": {"exact_tp": True}}}
 

@@ -14,6 +14,9 @@ REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
 MODEL = DATA / "checkpoints" / "msmodelslim" / "qwen3" / "W8A8"
 
+# One after the other: an engine of several processes keeps both cores of a small machine busy.
+pytestmark = pytest.mark.xdist_group("engines of several processes")
+
 PLATFORM = '''
 """A stand-in for vllm-ascend's platform plugin: it registers quantisation methods where that one does."""
 from vllm.platforms.cpu import CpuPlatform

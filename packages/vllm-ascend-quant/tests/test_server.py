@@ -21,6 +21,9 @@ REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
 MODEL = DATA / "checkpoints" / "msmodelslim" / "qwen3" / "W8A8"
 
+# One after the other: an engine of several processes keeps both cores of a small machine busy.
+pytestmark = pytest.mark.xdist_group("engines of several processes")
+
 #: The model was trained on bare lines, so its tokenizer comes without a template.
 CHAT_TEMPLATE = "{% for message in messages %}\n{{ message.content }}{% endfor %}"
 

@@ -55,6 +55,7 @@ def logprobs(answers: list[dict[str, Any]]) -> Any:
     return np.concatenate([one["prompt_logprobs"] + one["generated_logprobs"] for one in answers])
 
 
+@pytest.mark.xdist_group("engines of several processes")
 def test_head_and_embedding_have_their_numbers(
     tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any]
 ) -> None:
