@@ -21,6 +21,13 @@ def test_every_fp4_code() -> None:
         assert torch.equal(Decoder()(part), mx.e2m1_values(mx.unpack_e2m1(part.contiguous())))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_values_that_are_no_codes(dtype: torch.dtype) -> None:
+    values = torch.arange(-128, 128, dtype=torch.int16).to(dtype).view(4, 64)
+    for part in (values, values[1:3], values[:0], values.t()):
+        assert torch.equal(Decoder()(part), part.to(torch.float32))
+
+
 def test_memory_is_used_again_for_what_fits() -> None:
     decode = Decoder()
     large, small = torch.full((4, 64), 0x22, dtype=torch.uint8), torch.full((2, 8), 0x44, dtype=torch.uint8)

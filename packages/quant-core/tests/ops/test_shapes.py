@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from operator_calls import CALLS, E8M0, bf16, f8, f16, f32, i8, int4, ones, u8, x
+from operator_calls import CALLS, DECODED, E8M0, bf16, f8, f16, f32, i8, int4, ones, u8, x
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 npu = torch.ops.npu
+
+EVERY = CALLS | DECODED
 
 REAL = json.loads((Path(__file__).parent / "torch_npu_schemas.json").read_text())["meta_samples"]
 
@@ -117,9 +119,9 @@ def test_meta_results_are_those_of_torch_npu(call: str) -> None:
     assert [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors] == REAL[call]
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", EVERY)
 def test_a_fake_result_has_the_shape_dtype_and_strides_of_the_kernel_s(call: str) -> None:
-    name, arguments, options = CALLS[call]
+    name, arguments, options = EVERY[call]
     real = getattr(npu, name)(*arguments, **options)
     mode = FakeTensorMode()
     to_fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (arguments, options))
@@ -130,10 +132,10 @@ def test_a_fake_result_has_the_shape_dtype_and_strides_of_the_kernel_s(call: str
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", EVERY)
 def test_opcheck(call: str) -> None:
     """Schema (nothing mutated, no argument returned), autograd keys, fake tensors, dynamic shapes."""
-    name, arguments, options = CALLS[call]
+    name, arguments, options = EVERY[call]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments):
         checks.remove("test_schema")  # it multiplies the arguments, which torch cannot in FP8
@@ -159,14 +161,14 @@ def test_dtype_arguments_work_eager_and_compiled(target: torch.dtype, compile_af
 @pytest.mark.parametrize("default", ["bfloat16", "meta"])
 def test_a_default_of_torch_does_not_leak_into_the_kernels(default: str) -> None:
     """Engines set a default dtype and a default device while they build a model."""
-    wants = [getattr(npu, name)(*arguments, **options) for name, arguments, options in CALLS.values()]
+    wants = [getattr(npu, name)(*arguments, **options) for name, arguments, options in EVERY.values()]
     before = torch.get_default_dtype()
     try:
         if default == "meta":
             torch.set_default_device("meta")
         else:
             torch.set_default_dtype(torch.bfloat16)
-        gots = [getattr(npu, name)(*arguments, **options) for name, arguments, options in CALLS.values()]
+        gots = [getattr(npu, name)(*arguments, **options) for name, arguments, options in EVERY.values()]
     finally:
         torch.set_default_dtype(before)
         torch.set_default_device(None)

@@ -186,7 +186,7 @@ FP8, DualScale, FlatQuantMX = (
     AscendW4A4MXFP4DualScaleLinearMethod,
     AscendW4A4MXFP4FlatQuantLinearMethod,
 )
-NPU = "910B"
+NPU, MX_NPU = "910B", "950"
 
 CASES = {
     "W8A8": Case(Static, w8a8),
@@ -228,14 +228,25 @@ CASES = {
     "W4A8_DYNAMIC two stages int32": Case(Mixed, lambda o, i: w4a8_dynamic(o, i, 2, parts=16), F16, device=NPU),
     "WFP8AFP8_DYNAMIC": Case(FP8, wfp8afp8, error=0.05),
     "WFP8AFP8_DYNAMIC bf16": Case(FP8, lambda *a: wfp8afp8(*a, model=BF16, offset=False), BF16, error=0.05),
+    "WFP8AFP8_DYNAMIC on an NPU": Case(FP8, wfp8afp8, BF16, device=MX_NPU, error=0.05),
     "W8A8_MXFP8": Case(AscendW8A8MXFP8LinearMethod, mxfp8, error=0.05),
     "W8A8_MXFP8 bf16": Case(AscendW8A8MXFP8LinearMethod, mxfp8, BF16, error=0.05),
+    "W8A8_MXFP8 on an NPU": Case(AscendW8A8MXFP8LinearMethod, mxfp8, BF16, device=MX_NPU, error=0.05),
     "W4A8_MXFP": Case(AscendW4A8MXFPLinearMethod, mxfp4, F16, error=0.05),
+    "W4A8_MXFP on an NPU": Case(AscendW4A8MXFPLinearMethod, mxfp4, F16, device=MX_NPU, error=0.05),
     "W4A4_MXFP4": Case(AscendW4A4MXFP4LinearMethod, mxfp4, error=0.2),
     "W4A4_MXFP4 bf16": Case(AscendW4A4MXFP4LinearMethod, mxfp4, BF16, error=0.2),
+    "W4A4_MXFP4 on an NPU": Case(AscendW4A4MXFP4LinearMethod, mxfp4, BF16, device=MX_NPU, error=0.2),
     "W4A4_MXFP4_DUALSCALE": Case(DualScale, dual_scale, error=0.2),
+    "W4A4_MXFP4_DUALSCALE on an NPU": Case(DualScale, dual_scale, BF16, device=MX_NPU, error=0.2),
+    "W4A4_MXFP4_DUALSCALE groups on an NPU": Case(
+        DualScale, lambda o, i: dual_scale(o, i, max(1, i // 64)), F16, device=MX_NPU, error=0.2
+    ),
     "W4A4_MXFP4_DUALSCALE groups": Case(DualScale, lambda o, i: dual_scale(o, i, max(1, i // 64)), BF16, error=0.2),
     "W4A4_MXFP4_FLATQUANT": Case(FlatQuantMX, lambda *a: mxfp4_flatquant(*a, flatquant(*a)), error=0.2),
+    "W4A4_MXFP4_FLATQUANT on an NPU": Case(
+        FlatQuantMX, lambda *a: mxfp4_flatquant(*a, flatquant(*a)), BF16, device=MX_NPU, error=0.2
+    ),
     "W4A4_MXFP4_FLATQUANT left only": Case(
         FlatQuantMX, lambda *a: mxfp4_flatquant(*a, flatquant(*a, right=False)), BF16, error=0.2
     ),

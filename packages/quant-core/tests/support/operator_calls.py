@@ -176,3 +176,32 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         {"bias": ones(5), "output_dtype": f16},
     ),
 }
+
+#: The same for operands that only our kernels take: weights that come decoded.
+DECODED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "matmul fp8, decoded": (
+        "npu_quant_matmul",
+        (f8(3, 64), x(5, 64).t(), ones(5)),
+        {"pertoken_scale": ones(3), "bias": ones(5), "output_dtype": bf16},
+    ),
+    "matmul mxfp8, decoded": (
+        "npu_quant_matmul",
+        (f8(3, 80), x(5, 80).t(), u8(5, 2, 2).transpose(0, 1)),
+        {"pertoken_scale": u8(3, 2, 2), "output_dtype": bf16, "group_sizes": [1, 1, 32], **E8M0},
+    ),
+    "matmul mxfp8 by mxfp4, decoded": (
+        "npu_quant_matmul",
+        (f8(3, 80), i8(5, 80).t(), u8(5, 2, 2).transpose(0, 1)),
+        {"pertoken_scale": u8(3, 2, 2), "output_dtype": f16, "group_sizes": [0, 0, 32], "x2_dtype": 296, **E8M0},
+    ),
+    "matmul mxfp4, decoded": (
+        "npu_quant_matmul",
+        (u8(3, 40), i8(5, 80).t(), u8(5, 2, 2).transpose(0, 1)),
+        {"pertoken_scale": u8(3, 2, 2), "bias": ones(5), "output_dtype": bf16, **MXFP4, **E8M0},
+    ),
+    "matmul on two levels, decoded": (
+        "npu_dual_level_quant_matmul",
+        (u8(3, 300), i8(5, 600), ones(3, 2), ones(2, 5), u8(3, 10, 2), u8(5, 10, 2)),
+        {"bias": ones(5), "output_dtype": f16},
+    ),
+}

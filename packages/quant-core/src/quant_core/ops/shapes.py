@@ -161,9 +161,9 @@ def npu_dual_level_quant_matmul(
 
 
 def _fp4_columns(x1: Tensor, x2: Tensor, x1_dtype: int | None) -> int:
-    """n of an FP4 weight, which is packed along n if it has as many rows as x1 has values."""
+    """n of an FP4 weight, which is packed along n if it has as many rows as x1 has values; ours is int8, not packed."""
     packed = x1_dtype is not None and dtype_of(x1_dtype) == torch.float4_e2m1fn_x2
-    along_n = x2.shape[-2] == x1.shape[-1] * (2 if packed else 1)
+    along_n = x2.dtype != torch.int8 and x2.shape[-2] == x1.shape[-1] * (2 if packed else 1)
     return x2.shape[-1] * (2 if along_n else 1)
 
 

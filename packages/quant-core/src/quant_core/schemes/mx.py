@@ -1,5 +1,6 @@
 """What the microscaling (MX) linear types share: blocks of 32 input features with a power of two as their scale."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core import microscaling as mx
+from quant_core.devices import current_device
 from quant_core.ops.dtypes import FLOAT4_E2M1, FLOAT8_E8M0
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.context import LayerContext
@@ -57,6 +59,30 @@ def no_nan_exponent(stored: Tensor) -> str | None:
     return f"{bad} of {stored.numel()} exponents are NaN (255)" if bad else None
 
 
+def run_time_weight(stored: Tensor) -> Tensor:
+    """A stored weight with the values that its operator takes.
+
+    On CPU these are decoded once: looking codes up at each call takes longer than the product for few tokens. The
+    CPU kernels take the result as they take the codes. That is ours, and torch_npu's Meta kernels refuse it in a model
+    that is compiled: beside torch_npu it stays with the codes.
+
+    Args:
+        stored: FP8 [out, in], or FP4 in uint8 [out, in / 2].
+
+    Returns:
+        What is stored; on CPU bfloat16 [out, in], or of FP4 int8 [out, in] with twice the values, all exact.
+
+    """
+    if current_device() != "cpu" or sys.modules.get("torch_npu") is not None:
+        return stored
+    if stored.dtype != torch.uint8:
+        return stored.to(torch.bfloat16)
+    every_byte = torch.arange(256, dtype=torch.uint8, device=stored.device)
+    doubled = (2 * mx.e2m1_values(mx.unpack_e2m1(every_byte))).to(torch.int8)
+    # Both values of a byte are looked up as one int16.
+    return doubled.view(torch.int16)[stored.to(torch.int32)].view(torch.int8)
+
+
 def mx_multiply(
     codes: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, fp4: Sequence[bool], **form: Any
 ) -> Tensor:
@@ -65,7 +91,7 @@ def mx_multiply(
     Args:
         codes: [m, k] FP8, or [m, k / 2] uint8.
         x_scale: uint8 [m, ceil(k / 64), 2].
-        weight: the view [k, n] or [k / 2, n] of a weight [n, ...].
+        weight: the view [k, n] or [k / 2, n] of a weight [n, ...] in its run-time form.
         scale: the view [ceil(k / 64), n, 2] of exponents [n, ceil(k / 64), 2].
         bias: [n], handed over in float32.
         fp4: whether codes and weight are FP4.
@@ -153,7 +179,7 @@ class MXLinearScheme(AscendLinearScheme):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Turn weight and exponents, both as views: the operator wants them transposed alike."""
-        replace_parameter(layer, "weight", layer.get_parameter("weight").data.t())
+        replace_parameter(layer, "weight", run_time_weight(layer.get_parameter("weight").data).t())
         pairs = mx.pair_exponents(layer.get_parameter("weight_scale").data)
         replace_parameter(layer, "weight_scale", pairs.transpose(0, 1))
 

@@ -1,7 +1,9 @@
 """What holds for the three types that differ in nothing but the numbers of their blocks."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +15,12 @@ from mx_reference import assert_near, microscaled, stored_weight
 from torch import Tensor
 
 from quant_core import LimitError, Partition
+from quant_core import microscaling as mx
 from quant_core.devices import planned_device
 from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod
 from quant_core.schemes.linear.w4a8_mxfp import AscendW4A8MXFPLinearMethod
 from quant_core.schemes.linear.w8a8_mxfp8 import AscendW8A8MXFP8LinearMethod
-from quant_core.schemes.mx import MXLinearScheme
+from quant_core.schemes.mx import MXLinearScheme, run_time_weight
 from quant_core.schemes.params import layouts_of
 from quant_core.schemes.verify import linear_params
 
@@ -94,15 +97,46 @@ def test_nan_and_infinity_are_not_hidden(kind: Type, workbench: Any) -> None:
     assert bool(got[2].isfinite().all())
 
 
-def test_the_run_time_form(kind: Type, workbench: Any) -> None:
-    """The operator wants weight and exponents as views that are turned alike."""
+@pytest.mark.parametrize("device", ["950", "cpu"])
+def test_the_run_time_form(kind: Type, workbench: Any, device: str) -> None:
+    """The operator wants weight and exponents as views that are turned alike; on CPU the values are decoded."""
     stored = kind.make(24, 80)
-    _, layer = serve(workbench, kind, [stored], 80)
-    columns = stored["weight"].shape[1]
+    with planned_device(device):
+        _, layer = serve(workbench, kind, [stored], 80)
+    columns, dtype = stored["weight"].shape[1], stored["weight"].dtype
+    if device == "cpu":
+        columns, dtype = 80, torch.int8 if dtype == torch.uint8 else torch.bfloat16
     assert {name: (tuple(p.shape), p.dtype, p.stride()) for name, p in layer.named_parameters()} == {
-        "weight": ((columns, 24), stored["weight"].dtype, (1, columns)),
+        "weight": ((columns, 24), dtype, (1, columns)),
         "weight_scale": ((2, 24, 2), torch.uint8, (2, 4, 1)),
     }
+
+
+def test_the_decoded_weight_has_the_values_of_every_code() -> None:
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(16, 16)
+    assert torch.equal(run_time_weight(codes), 2 * mx.e2m1_values(mx.unpack_e2m1(codes)).to(torch.float64))
+    finite = codes[(codes & 127) != 127].view(torch.float8_e4m3fn)[None]
+    assert torch.equal(run_time_weight(finite), finite.to(torch.float32))
+
+
+def test_beside_torch_npu_it_stays_with_the_codes(kind: Type, workbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where there is no NPU: torch_npu's Meta kernels refuse the other form."""
+    stored = kind.make(24, 80)
+    nowhere = SimpleNamespace(npu=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch_npu", nowhere)
+    _, layer = serve(workbench, kind, [stored], 80)
+    assert layer.weight.dtype == stored["weight"].dtype
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_both_run_time_forms_give_the_same(kind: Type, workbench: Any, tokens: int) -> None:
+    stored, x, outputs = kind.make(70, 80), torch.randn(tokens, 80), []
+    stored["weight_scale"][:2] = torch.tensor([[0], [254]])
+    for device in ("950", "cpu"):
+        with planned_device(device):
+            scheme, layer = serve(workbench, kind, [stored], 80)
+        outputs.append(scheme.apply(layer, x * 2.0**-20))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_usual_form_is_declared_while_there_are_no_files(kind: Type, workbench: Any) -> None:

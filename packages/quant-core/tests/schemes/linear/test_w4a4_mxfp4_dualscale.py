@@ -11,6 +11,7 @@ from mx_reference import assert_near, microscaled, stored_weight
 from torch import Tensor
 
 from quant_core import LimitError, Partition
+from quant_core.devices import planned_device
 from quant_core.schemes.linear.w4a4_mxfp4_dualscale import AscendW4A4MXFP4DualScaleLinearMethod as Scheme
 from quant_core.schemes.params import layouts_of
 from quant_core.schemes.verify import linear_params
@@ -64,16 +65,32 @@ def test_any_number_of_tokens_of_any_size(workbench: Any, tokens: int, inputs: i
     assert not got[1::3].any()
 
 
-@pytest.mark.parametrize(("inputs", "groups", "weight"), [(1024, 2, (24, 512)), (128, 2, (2, 24, 32))])
-def test_the_run_time_form(workbench: Any, inputs: int, groups: int, weight: tuple[int, ...]) -> None:
-    """What the operators take, or one operand for each group."""
-    _, layer = workbench.serve(Scheme, [dual_scale(24, inputs, groups)], sizes=[24], inputs=inputs)
-    assert tuple(layer.weight.shape) == weight
-    assert tuple(layer.weight_scale.shape) == (*weight[:-1], weight[-1] // 32, 2)
+@pytest.mark.parametrize(("device", "packed"), [("950", 2), ("cpu", 1)])
+@pytest.mark.parametrize(("inputs", "groups", "outer"), [(1024, 2, (24,)), (128, 2, (2, 24))])
+def test_the_run_time_form(
+    workbench: Any, inputs: int, groups: int, outer: tuple[int, ...], device: str, packed: int
+) -> None:
+    """What the operators take, or one operand for each group; on CPU with one value to a byte."""
+    with planned_device(device):
+        _, layer = workbench.serve(Scheme, [dual_scale(24, inputs, groups)], sizes=[24], inputs=inputs)
+    columns = inputs // len(outer)
+    assert tuple(layer.weight.shape) == (*outer, columns // packed)
+    assert layer.weight.dtype == (torch.uint8 if device == "950" and len(outer) == 2 else torch.int8)
+    assert tuple(layer.weight_scale.shape) == (*outer, columns // 64, 2)
     assert tuple(layer.weight_dual_scale.shape) == (groups, 24)
     assert sum(p.untyped_storage().nbytes() for p in layer.parameters()) == 24 * (
-        inputs // 2 + inputs // 32 + 4 * groups
+        inputs // packed + inputs // 32 + 4 * groups
     )
+
+
+@pytest.mark.parametrize(("inputs", "groups"), SIZES)
+def test_both_run_time_forms_give_the_same(workbench: Any, inputs: int, groups: int) -> None:
+    stored, x, outputs = dual_scale(24, inputs, groups), torch.randn(5, inputs), []
+    for device in ("950", "cpu"):
+        with planned_device(device):
+            scheme, layer = workbench.serve(Scheme, [stored], sizes=[24], inputs=inputs)
+        outputs.append(scheme.apply(layer, x))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize(("inputs", "groups"), [(512, 1), (768, 1), (2048, 4)])

@@ -12,6 +12,7 @@ from mx_reference import assert_near, microscaled, stored_weight
 from torch import Tensor
 
 from quant_core import LimitError, Partition
+from quant_core.devices import planned_device
 from quant_core.schemes.linear.w4a4_mxfp4_flatquant import AscendW4A4MXFP4FlatQuantLinearMethod as Scheme
 
 Stored = dict[str, Tensor]
@@ -81,11 +82,13 @@ def test_any_number_of_tokens(workbench: Any, tokens: int) -> None:
     assert not got[1::3].any()
 
 
-def test_the_run_time_form(workbench: Any) -> None:
+@pytest.mark.parametrize(("device", "weight"), [("950", ((64, 24), torch.uint8)), ("cpu", ((128, 24), torch.int8))])
+def test_the_run_time_form(workbench: Any, device: str, weight: Any) -> None:
     stored = mxfp4_flatquant(24, 128, flatquant(24, 128))
-    _, layer = serve(workbench, [stored], 128, dtype=torch.bfloat16)
+    with planned_device(device):
+        _, layer = serve(workbench, [stored], 128, dtype=torch.bfloat16)
     assert {name: (tuple(p.shape), p.dtype) for name, p in layer.named_parameters()} == {
-        "weight": ((64, 24), torch.uint8),
+        "weight": weight,
         "weight_scale": ((2, 24, 2), torch.uint8),
         "left_trans": ((8, 8), torch.bfloat16),
         "right_trans": ((16, 16), torch.bfloat16),

@@ -70,14 +70,19 @@ def test_zero_rows_and_rows_of_any_size(workbench: Any, tokens: int) -> None:
     assert not got[1::3].any()
 
 
-def test_the_run_time_form(workbench: Any) -> None:
-    stored = wfp8afp8(24, INPUTS, torch.bfloat16)
-    _, layer = workbench.serve(AscendW8A8FP8DynamicLinearMethod, [stored, stored], dtype=torch.bfloat16)
+@pytest.mark.parametrize(("device", "dtype"), [("950", torch.float8_e4m3fn), ("cpu", torch.bfloat16)])
+def test_the_run_time_form(workbench: Any, device: str, dtype: torch.dtype) -> None:
+    """On CPU the weight is decoded, which changes no output."""
+    stored, x = wfp8afp8(24, INPUTS, torch.bfloat16), torch.randn(3, INPUTS).to(torch.bfloat16)
+    plain, coded = workbench.serve(AscendW8A8FP8DynamicLinearMethod, [stored, stored], dtype=torch.bfloat16)
+    with planned_device(device):
+        scheme, layer = workbench.serve(AscendW8A8FP8DynamicLinearMethod, [stored, stored], dtype=torch.bfloat16)
+    assert torch.equal(scheme.apply(layer, x), plain.apply(coded, x))
     assert {name: (tuple(p.shape), p.dtype) for name, p in layer.named_parameters()} == {
-        "weight": ((INPUTS, 48), torch.float8_e4m3fn),
+        "weight": ((INPUTS, 48), dtype),
         "weight_scale": ((48,), torch.float32),
     }
-    assert layer.weight.untyped_storage().nbytes() == INPUTS * 48
+    assert layer.weight.untyped_storage().nbytes() == INPUTS * 48 * dtype.itemsize
 
 
 def test_the_usual_form_is_declared_while_there_are_no_files(workbench: Any) -> None:

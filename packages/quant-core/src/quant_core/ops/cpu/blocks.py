@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # float32 values of the weight that are made at a time: enough for a fast product, and they stay in the cache.
-_BLOCK = 2**19
+_BLOCK = 2**20
 
 # So few rows are multiplied faster the other way round.
 _FEW_ROWS = 128

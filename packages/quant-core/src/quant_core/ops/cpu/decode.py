@@ -1,4 +1,4 @@
-"""Float32 values of FP8 and FP4 codes."""
+"""Float32 values of FP8 and FP4 codes, and of weights that were decoded before."""
 
 import functools
 
@@ -13,20 +13,22 @@ class Decoder:
 
     def __init__(self) -> None:
         self._numbers = torch.empty(0, dtype=torch.int32)
-        self._pairs = torch.empty(0, dtype=torch.float64)
+        self._floats = torch.empty(0, dtype=torch.float32)
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Decode a matrix.
 
         Args:
-            codes: FP8 [r, k], or FP4 in uint8 [r, k / 2].
+            codes: FP8 [r, k], FP4 in uint8 [r, k / 2], or values that are no codes: int8 or bfloat16 [r, k].
 
         Returns:
             float32 [r, k], until the next call.
 
         """
-        codes = codes.contiguous()
         rows, columns = codes.shape
+        if codes.dtype in (torch.int8, torch.bfloat16):
+            return self._memory(codes.numel()).view(rows, columns).copy_(codes)
+        codes = codes.contiguous()
         if codes.dtype == torch.uint8:
             return self._looked_up(_fp4_pairs(), codes.view(-1)).view(rows, 2 * columns)
         if codes.numel() % 2 or codes.storage_offset() % 2:
@@ -38,10 +40,14 @@ class Decoder:
         count = numbers.numel()
         if self._numbers.numel() < count:
             self._numbers = torch.empty(count, dtype=torch.int32)
-            self._pairs = torch.empty(count, dtype=torch.float64)
-        indices, pairs = self._numbers[:count].copy_(numbers), self._pairs[:count]
-        torch.index_select(table, 0, indices, out=pairs)
-        return pairs.view(torch.float32)
+        floats = self._memory(2 * count)
+        torch.index_select(table, 0, self._numbers[:count].copy_(numbers), out=floats.view(torch.float64))
+        return floats
+
+    def _memory(self, count: int) -> Tensor:
+        if self._floats.numel() < count:
+            self._floats = torch.empty(count, dtype=torch.float32)
+        return self._floats[:count]
 
 
 @functools.cache

@@ -16,8 +16,8 @@ class AscendW4A4MXFP4LinearMethod(MXLinearScheme):
         weight: uint8 [out, in / 2], two E2M1 values to a byte, the first in its lower half
         weight_scale: uint8 [out, ceil(in / 32)], exponents
 
-    Run time, both as views of what is stored:
-        weight: uint8 [in / 2, out]
+    Run time, both as views of contiguous tensors [out, ...]:
+        weight: uint8 [in / 2, out]; on CPU: int8 [in, out] with twice the values, one byte each
         weight_scale: uint8 [ceil(in / 64), out, 2]
     """
 

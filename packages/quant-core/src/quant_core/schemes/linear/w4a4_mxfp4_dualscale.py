@@ -6,7 +6,14 @@ from torch import Tensor, nn
 from quant_core import microscaling as mx
 from quant_core.schemes.context import LayerContext
 from quant_core.schemes.int8 import FRACTAL_NZ
-from quant_core.schemes.mx import TO_FP4, MXLinearScheme, mx_multiply, mx_weight_values, quantise_mx_weight
+from quant_core.schemes.mx import (
+    TO_FP4,
+    MXLinearScheme,
+    mx_multiply,
+    mx_weight_values,
+    quantise_mx_weight,
+    run_time_weight,
+)
 from quant_core.schemes.params import Param, positive, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 
@@ -26,11 +33,11 @@ class AscendW4A4MXFP4DualScaleLinearMethod(MXLinearScheme):
         weight_dual_scale: float [out, g, 1]
 
     Run time, for groups of 512, and for one group of fewer:
-        weight: int8 [out, in / 2], in the device's layout
+        weight: int8 [out, in / 2], in the device's layout; on CPU: int8 [out, in] with twice the values, one byte each
         weight_scale: uint8 [out, ceil(in / 64), 2]
         weight_dual_scale: float32 [g, out]
     for other groups, of which no operator knows, one product for each of them:
-        weight: uint8 [g, out, in / g / 2]
+        weight: uint8 [g, out, in / g / 2]; on CPU: int8 [g, out, in / g] with twice the values, one byte each
         weight_scale: uint8 [g, out, in / g / 64, 2]
         weight_dual_scale: float32 [g, out]
     """
@@ -75,6 +82,7 @@ class AscendW4A4MXFP4DualScaleLinearMethod(MXLinearScheme):
         weight, scale, dual = (
             layer.get_parameter(name).data for name in ("weight", "weight_scale", "weight_dual_scale")
         )
+        weight = run_time_weight(weight)
         factors = dual.squeeze(-1).t().contiguous().to(torch.float32)
         if self._one_operator:
             weight = torch.ops.npu.npu_format_cast(weight.view(torch.int8), FRACTAL_NZ)

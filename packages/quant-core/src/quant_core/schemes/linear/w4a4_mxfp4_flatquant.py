@@ -33,8 +33,9 @@ class AscendW4A4MXFP4FlatQuantLinearMethod(MXLinearScheme):
         clip_ratio: float [1], without effect: the operator clips nothing for FP4
 
     Run time:
-        weight: uint8 [in / 2, out], a view of what is stored
-        weight_scale: uint8 [ceil(in / 64), out, 2], likewise
+        weight: uint8 [in / 2, out], a view of what is stored; on CPU: int8 [in, out] with twice the values, one byte
+            each, likewise a view of [out, in]
+        weight_scale: uint8 [ceil(in / 64), out, 2], a view of [out, ...]
         left_trans: model dtype [L, L], transposed
         right_trans: model dtype [R, R]
     """

@@ -22,7 +22,8 @@ class AscendW4A8MXFPLinearMethod(MXLinearScheme):
         weight_scale: uint8 [out, ceil(in / 32)], exponents
 
     Run time, both as views of contiguous tensors [out, ...]:
-        weight: uint8 [in / 2, out], in the layout that the device has for FP4 beside FP8
+        weight: uint8 [in / 2, out], in the layout that the device has for FP4 beside FP8; on CPU: int8 [in, out] with
+            twice the values, one byte each
         weight_scale: uint8 [ceil(in / 64), out, 2]
     """
 

@@ -12,8 +12,8 @@ class AscendW8A8MXFP8LinearMethod(MXLinearScheme):
         weight: float8_e4m3fn [out, in]
         weight_scale: uint8 [out, ceil(in / 32)], exponents
 
-    Run time, both as views of what is stored:
-        weight: float8_e4m3fn [in, out]
+    Run time, both as views of contiguous tensors [out, ...]:
+        weight: float8_e4m3fn [in, out]; on CPU: bfloat16 [in, out], twice the memory
         weight_scale: uint8 [ceil(in / 64), out, 2]
     """
 

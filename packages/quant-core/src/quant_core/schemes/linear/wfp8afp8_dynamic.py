@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.groups import scale_params
 from quant_core.schemes.int8 import symmetric_scale
-from quant_core.schemes.mx import MX_DEVICES, fp8_weight
+from quant_core.schemes.mx import MX_DEVICES, fp8_weight, run_time_weight
 from quant_core.schemes.params import Param, float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.tokens import token_scale
@@ -28,7 +28,7 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
         weight_offset: float [out, 1], zero
 
     Run time:
-        weight: float8_e4m3fn [in, out], a view of what is stored
+        weight: float8_e4m3fn [in, out], a view of what is stored; on CPU: bfloat16 [in, out], twice the memory
         weight_scale: float32 [out]
     """
 
@@ -46,7 +46,7 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose the weight, drop the offset, which is zero."""
-        replace_parameter(layer, "weight", layer.get_parameter("weight").data.t())
+        replace_parameter(layer, "weight", run_time_weight(layer.get_parameter("weight").data).t())
         replace_parameter(layer, "weight_scale", float_values(layer.get_parameter("weight_scale").data).flatten())
         if hasattr(layer, "weight_offset"):
             del layer.weight_offset
