@@ -8,9 +8,9 @@ serves: which one that is depends on the number of rows.
 
 import bisect
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -145,9 +145,8 @@ def _race(rows: int) -> dict[Product, float]:
         finally:
             torch._C.set_num_threads(threads)  # a part of it, MKL's, holds for the whole process
 
-    racer = threading.Thread(target=run)
-    racer.start()
-    racer.join()
+    with ThreadPoolExecutor(1) as own:
+        own.submit(run).result()
     return best
 
 
