@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     prompts = [json.loads(line)["prompt"] for line in (DEMO / "eval.jsonl").read_text().splitlines()]
     with contextlib.ExitStack() as stack:
-        # All at once, since one that is not asked does nothing.
+        # All at once, so that they can take turns.
         urls = {name: stack.enter_context(serving(*what)) for name, what in MODELS.items()}
         speeds: dict[str, list[float]] = {name: [] for name in urls}
         for _ in range(options.rounds + 1):
