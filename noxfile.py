@@ -8,6 +8,7 @@ each is reset to the state it was made in before wheels go in, which gives the i
 import argparse
 import dataclasses
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -216,12 +217,31 @@ def prove(session: nox.Session, python: Path, names: tuple[str, ...], vllm: str 
 # --- sessions ---------------------------------------------------------------------------------------------------------
 
 
-def options(session: nox.Session) -> tuple[str, list[str]]:
-    """The device and the remaining arguments of ``nox ... -- [--device npu] [pytest arguments]``."""
+#: Instruction sets of older processors: what Linux calls the set, and how torch and oneDNN are kept to it.
+ISAS = {
+    "avx2": ("avx2", {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "avx512": ("avx512f", {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
+    "vnni": ("avx512_vnni", {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}),
+}
+
+
+def options(session: nox.Session) -> tuple[argparse.Namespace, list[str]]:
+    """Device, instruction set and remaining arguments: ``nox ... -- [--device npu] [--isa avx2] [pytest arguments]``."""
     parser = argparse.ArgumentParser(prog="nox --", add_help=False, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "npu"), default="cpu")
-    known, rest = parser.parse_known_args(session.posargs)
-    return known.device, rest
+    parser.add_argument("--isa", choices=tuple(ISAS))
+    return parser.parse_known_args(session.posargs)
+
+
+def older_processor(session: nox.Session, isa: str | None) -> dict[str, str]:
+    """Environment variables with which this processor computes like one that has an older instruction set only."""
+    if isa is None:
+        return {}
+    name, env = ISAS[isa]
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or name not in flags.read_text().split():  # torch would take our word, and crash
+        session.error(f"this processor has no {name} (or this is not Linux), so it cannot stand for one with {isa}")
+    return env
 
 
 def workers(device: str) -> list[str]:
@@ -311,18 +331,19 @@ def import_alone(session: nox.Session, package: Package) -> None:
         prove(session, python, names)
 
 
-def test(session: nox.Session, package: Package) -> None:
-    """Run the tests of a package against wheels, from a folder outside the source tree."""
-    device, arguments = options(session)
+def test(session: nox.Session, package: Package, part: str = "", isa: str | None = None) -> None:
+    """Run the tests of a package, or a folder of them, against wheels, from a folder outside the source tree."""
+    known, arguments = options(session)
+    device, older = known.device, older_processor(session, known.isa or isa)
     python = test_environment(session, package.vllm, device)
     names = (package.name, *package.needs, *package.beside)
     install_wheels(session, python, (*names, *package.examples))
     # A short path, not below .nox: vLLM makes sockets in it, whose names may have 107 characters.
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
         prove(session, python, names, package.vllm)
-        tests, settings = ROOT / "packages" / package.name / "tests", ROOT / "pyproject.toml"
+        tests, settings = ROOT / "packages" / package.name / "tests" / part, ROOT / "pyproject.toml"
         command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers(device), *arguments]
-        session.run(*command, env=variables(device, package.vllm), external=True)
+        session.run(*command, env=variables(device, package.vllm) | older, external=True)
 
 
 def add_test_session(package: Package, default: bool = True) -> None:
@@ -338,6 +359,14 @@ def add_test_session(package: Package, default: bool = True) -> None:
 for row in PACKAGES:
     add_test_session(row)
 
+
+# Which products are right and which is fast differs between processors, so one of them must not decide alone.
+@nox.session(name="test-ops-avx2", venv_backend="none", default=platform.machine() == "x86_64")
+def test_ops_avx2(session: nox.Session) -> None:
+    """Test the operators of quant-core as on a processor with nothing newer than AVX2."""
+    test(session, PACKAGES[0], "ops", "avx2")
+
+
 # Not by default: it takes as long as test-vllm, of which it is the same tests.
 add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-oldest", vllm=VLLM_OLDEST), default=False)
 
@@ -346,7 +375,7 @@ add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-oldest", v
 @nox.session(name="test-schemas", venv_backend="none", default=sys.platform == "linux")
 def test_schemas(session: nox.Session) -> None:
     """Test quant-core against the real torch_npu's schemas and Meta kernels; needs gcc, but neither NPU nor CANN."""
-    _, arguments = options(session)
+    known, arguments = options(session)
     python = test_environment(session, "", "npu")
     install_wheels(session, python, ("quant-core",))
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
@@ -355,7 +384,8 @@ def test_schemas(session: nox.Session) -> None:
         tool, settings = ROOT / "tools" / "torch_npu_without_cann.py", ROOT / "pyproject.toml"
         tests = ROOT / "packages" / "quant-core" / "tests" / "schemas"
         command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers("cpu"), *arguments]
-        session.run(str(python), str(tool), "run", "--", *command, env=variables("cpu"), external=True)
+        env = variables("cpu") | older_processor(session, known.isa)
+        session.run(str(python), str(tool), "run", "--", *command, env=env, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -363,17 +393,19 @@ def tests(session: nox.Session) -> None:
     """All test sessions that run by default."""
     for package in PACKAGES:
         session.notify(package.session)
+    session.notify("test-ops-avx2")
     session.notify("test-schemas")
 
 
 @nox.session(venv_backend="none", default=False)
 def demo(session: nox.Session) -> None:
     """Serve the small ModelSlim checkpoint of examples/demo with real vLLM."""
-    device, arguments = options(session)
+    known, arguments = options(session)
+    device, older = known.device, older_processor(session, known.isa)
     python = test_environment(session, VLLM, device)
     install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
     script = str(ROOT / "examples" / "demo" / "demo.py")
-    session.run(str(python), script, *arguments, env=variables(device, VLLM), external=True)
+    session.run(str(python), script, *arguments, env=variables(device, VLLM) | older, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -382,7 +414,9 @@ def bench(session: nox.Session) -> None:
     python = test_environment(session, VLLM, "cpu")
     install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
     pip(session, python, "install", "--no-deps", *GROUPS["bench"])
-    name, *arguments = session.posargs or [""]
+    known, rest = options(session)
+    older = older_processor(session, known.isa)
+    name, *arguments = rest or [""]
     for script in [name] if name else ["linear", "schemes", "overhead", "resolve", "loading", "server"]:
         file = str(ROOT / "benchmarks" / f"{script}.py")
-        session.run(str(python), file, *arguments, env=variables("cpu", VLLM), external=True)
+        session.run(str(python), file, *arguments, env=variables("cpu", VLLM) | older, external=True)

@@ -1,6 +1,8 @@
 """What several test modules need: fixtures, and the modules in `support/`, which they can import."""
 
 import os
+import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,14 +22,29 @@ from workbench import Workbench
 collect_ignore = ["schemas"]
 
 # No deadline: the first example of a test pays for imports and for the threads of torch.
-settings.register_profile("quick", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A fixture that forces a product holds for all examples of a test.
+unimportant = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("quick", deadline=None, suppress_health_check=unimportant)
 settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=5000)  # --hypothesis-profile=fuzz
 settings.load_profile("quick")
 
 # The tensors here are tiny: on a busy machine, waiting for a second thread takes many times as long as the work.
 torch.set_num_threads(1)
 
+
+def processor() -> str:
+    """The processor's name, and the instruction set that torch uses."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 RIGHT_CANDIDATES = [c for c in int8_gemm.CANDIDATES if int8_gemm.refusal(c) is None]
+
+
+def pytest_report_header() -> list[str]:
+    """Results depend on the processor, or on the one that it stands for (`nox -s test-core -- --isa avx2`)."""
+    return [f"processor: {processor()}", *(f"{name}: {found}" for name, found in int8_gemm.report().items())]
 
 
 @pytest.fixture(scope="session")

@@ -76,4 +76,14 @@ def unpack_eights(packed: Tensor) -> Tensor:
         int8 [..., 8 s].
 
     """
-    return unpack_pairs(packed.contiguous().view(torch.int8), -1)
+    return unpack_pairs(row_major(packed).view(torch.int8), -1)
+
+
+def row_major(values: Tensor) -> Tensor:
+    """The same values, contiguous and with stride 1 on the last axis, which a view in a dtype of another size needs.
+
+    `Tensor.contiguous` leaves the stride of an axis of size 1 as it is.
+    """
+    if values.is_contiguous() and values.stride(-1) == 1:
+        return values
+    return values.clone(memory_format=torch.contiguous_format)

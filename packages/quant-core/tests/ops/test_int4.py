@@ -12,6 +12,7 @@ from quant_core.ops.cpu import int4_gemm, int8_gemm
 from quant_core.packing import pack_eights, unpack_eights
 
 npu = torch.ops.npu
+pytestmark = pytest.mark.usefixtures("each_gemm")
 
 
 def int4(*shape: int) -> Tensor:
@@ -68,7 +69,6 @@ def test_what_cannot_be_packed(weight: Tensor, error: type[Exception], message: 
         npu.npu_convert_weight_to_int4pack(weight)
 
 
-@pytest.mark.usefixtures("each_gemm")
 @pytest.mark.parametrize("along", ["k", "n"])
 @pytest.mark.parametrize(("m", "k", "n"), [(3, 64, 32), (1, 8, 8), (7, 1208, 24), (0, 16, 8), (70, 24, 40)])
 def test_the_product(along: str, m: int, k: int, n: int) -> None:

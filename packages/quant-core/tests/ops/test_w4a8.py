@@ -9,6 +9,7 @@ from torch import Tensor
 from quant_core.packing import pack_eights
 
 npu = torch.ops.npu
+pytestmark = pytest.mark.usefixtures("each_gemm")
 
 N = 24
 
@@ -52,7 +53,6 @@ def test_the_definition(groups: int, tokens: int, target: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(target).eps, atol=1e-4)
 
 
-@pytest.mark.usefixtures("each_gemm")
 def test_the_assist_term_cancels_the_shift() -> None:
     """With offset = 8 Σ w * scale nothing is left of the 8."""
     given = operands(5, 2)

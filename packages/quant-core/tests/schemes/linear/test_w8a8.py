@@ -132,6 +132,7 @@ def test_a_zero_point_in_any_stored_dtype(make: Any, workbench: Any, dtype: torc
 SHAPES = st.tuples(st.integers(1, 4), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 9))
 
 
+@pytest.mark.usefixtures("each_gemm")
 @settings(max_examples=50)
 @given(SHAPES, st.booleans(), st.integers(0, 2**30))
 def test_tensor_parallel_outputs_are_those_of_one_rank(

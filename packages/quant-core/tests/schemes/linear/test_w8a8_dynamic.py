@@ -167,6 +167,7 @@ def test_exact_tensor_parallel_quantises_as_one_rank(
 SHAPES = st.tuples(st.integers(1, 4), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 9))
 
 
+@pytest.mark.usefixtures("each_gemm")
 @settings(max_examples=50)
 @given(SHAPES, st.integers(0, 2**30))
 def test_tensor_parallel_outputs(make: Any, workbench: Any, shape: tuple[int, list[int], int], seed: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant_core.ops.cpu import int8_gemm
-from quant_core.packing import unpack_eights
+from quant_core.packing import row_major, unpack_eights
 
 # float32 values of half a weight that are made at a time: enough for a fast product, and they stay in the cache.
 _BLOCK = 2**20
@@ -27,7 +27,7 @@ def takes(x1: Tensor, x2: Tensor) -> bool:
 
 def int4_gemm(x1: Tensor, x2: Tensor) -> Tensor:
     """int4 in int32 [..., m, k / 8] times [k / 8, n], a transposed view for speed, as int32 sums [..., m, n]."""
-    rows, weight = unpack_eights(x1.flatten(0, -2)), x2.t().contiguous()
+    rows, weight = unpack_eights(x1.flatten(0, -2)), row_major(x2.t())
     if len(rows) > _FEW_ROWS and int8_gemm.choose(len(rows)) is not int8_gemm.float32_blocks:
         sums = int8_gemm.int8_gemm(rows, unpack_eights(weight).t())
     else:

@@ -8,6 +8,7 @@ serves: which one that is depends on the number of rows.
 
 import bisect
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,12 +32,30 @@ _BLOCK = 2**21
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """`torch._int_mm`: fast where the processor has VNNI."""
-    return torch._int_mm(a, b)
+    return torch._int_mm(unmistakable(a), unmistakable(b))
 
 
 def int_mm_swapped(a: Tensor, b: Tensor) -> Tensor:
     """The same as (bᵀ aᵀ)ᵀ: oneDNN rearranges its second operand at each call, and here that is the smaller one."""
-    return torch._int_mm(b.t(), a.t()).t().contiguous()
+    return torch._int_mm(unmistakable(b).t(), unmistakable(a).t()).t().contiguous()
+
+
+def unmistakable(matrix: Tensor) -> Tensor:
+    """The same matrix with strides that a native product cannot take for those of another one.
+
+    The stride of an axis of size 1 means nothing and may be anything. oneDNN takes [1, c] with strides (1, 1), which
+    torch counts as contiguous, for a transposed matrix, and reads beyond its end; so such an axis gets the stride that
+    it has in a matrix that is stored row by row ([1, c]) or column by column ([r, 1]).
+
+    Args:
+        matrix: [r, c]; if one of them is 1, a view is returned, otherwise the matrix itself.
+
+    """
+    rows, columns = matrix.shape
+    if rows != 1 and columns != 1:
+        return matrix
+    row, column = matrix.stride()
+    return matrix.as_strided((rows, columns), (columns * column, column) if rows == 1 else (row, rows * row))
 
 
 def float32_blocks(a: Tensor, b: Tensor) -> Tensor:
@@ -99,30 +118,53 @@ def _exact_spans(rows: Tensor) -> Iterator[slice]:
 CANDIDATES: tuple[Product, ...] = (int_mm, int_mm_swapped, float32_blocks)
 
 
+#: What a candidate is tried on: rows, input features, output features. Kernels differ in where they are wrong: at one
+#: row and at many, at one column, at one input feature, in what is left of a block, in sums that float32 cannot hold.
+_TRIED = (
+    *((1, 256, 64), (5, 256, 64), (32, 256, 64), (32, 251, 64), (1, 3, 64)),
+    *((1, 1, 1), (1, 1, 2), (2, 1, 64), (1, 8, 1), (5, 251, 1), (32, 256, 1), (2, 2, 2), (7, 33, 3), (3, 2101, 5)),
+)
+
+
 def refusal(candidate: Product) -> str | None:
     """Why this candidate cannot serve here, None if it can."""
-    # One row and many, a whole block of k and one with a rest: kernels differ in where they are wrong.
-    for rows, k in ((1, 256), (5, 256), (32, 256), (32, 251), (1, 3)):
-        a, b = _extremes(rows, k)
-        try:
-            got = candidate(a, b)
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-        want = (a.to(torch.float64) @ b.to(torch.float64)).to(torch.int32)
-        wrong = int((got != want).sum())
-        if wrong:
-            return f"{wrong} of {want.numel()} sums are wrong on this processor"
-    return None
+    wrong = tried = 0
+    for m, k, n in _TRIED:
+        for a, b in _operands(m, k, n):
+            try:
+                got = candidate(a, b)
+            except RuntimeError as error:
+                return str(error).splitlines()[0]
+            # The sums are far from where float64 or int32 would lose digits.
+            want = (a.to(torch.float64) @ b.to(torch.float64)).to(torch.int32)
+            wrong, tried = wrong + int((got != want).sum()), tried + want.numel()
+    return f"{wrong} of {tried} sums are wrong on this processor" if wrong else None
 
 
-def _extremes(rows: int, k: int) -> tuple[Tensor, Tensor]:
-    """[rows, k] and [k, 64] of the largest values of every sign, the second one transposed as weights are."""
+def _operands(m: int, k: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same [m, k] and [k, n] in all layouts that layers have."""
+    a, weight = _extremes(m, k, n)
+    for left, right in itertools.product(_layouts(a), _layouts(weight)):
+        yield left, right.t()
+
+
+def _layouts(matrix: Tensor) -> list[Tensor]:
+    """A matrix stored row by row, column by column, and as a part of a larger one."""
+    rows, columns = matrix.shape
+    larger = torch.zeros(rows + 7, columns + 5, dtype=matrix.dtype)
+    part = larger[3 : 3 + rows, 2 : 2 + columns]
+    part.copy_(matrix)
+    return [matrix, matrix.t().contiguous().t(), part]
+
+
+def _extremes(m: int, k: int, n: int) -> tuple[Tensor, Tensor]:
+    """[m, k] and [n, k] of the largest values of every sign."""
     pattern = torch.tensor([127, -128, 127, 127, -128, -128, 1, -1], dtype=torch.int8)
-    a = pattern.repeat(rows, k // 8 + 1)[:, :k].contiguous()
-    b = pattern.roll(1).repeat(64, k // 8 + 1)[:, :k].contiguous()
+    a = pattern.repeat(m, k // 8 + 1)[:, :k].contiguous()
+    weight = pattern.roll(1).repeat(n, k // 8 + 1)[:, :k].contiguous()
     a[::2] = 127
-    b[::3] = -128
-    return a, b.t()
+    weight[::3], weight[1::3] = -128, 127  # 127 · 127 · k is odd, so that a large sum of them needs all its digits
+    return a, weight
 
 
 def milliseconds(candidate: Product, rows: int) -> float:
