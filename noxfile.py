@@ -226,16 +226,16 @@ ISAS = {
 
 
 def options(session: nox.Session) -> tuple[argparse.Namespace, list[str]]:
-    """Device, instruction set and remaining arguments: ``nox ... -- [--device npu] [--isa avx2] [pytest arguments]``."""
+    """What ``nox ... -- [--device npu] [--isa avx2] [pytest arguments]`` gives, and the pytest arguments."""
     parser = argparse.ArgumentParser(prog="nox --", add_help=False, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "npu"), default="cpu")
-    parser.add_argument("--isa", choices=tuple(ISAS))
+    parser.add_argument("--isa", choices=("", *ISAS), default="")
     return parser.parse_known_args(session.posargs)
 
 
-def older_processor(session: nox.Session, isa: str | None) -> dict[str, str]:
+def older_processor(session: nox.Session, isa: str) -> dict[str, str]:
     """Environment variables with which this processor computes like one that has an older instruction set only."""
-    if isa is None:
+    if not isa:
         return {}
     name, env = ISAS[isa]
     flags = Path("/proc/cpuinfo")
@@ -331,7 +331,7 @@ def import_alone(session: nox.Session, package: Package) -> None:
         prove(session, python, names)
 
 
-def test(session: nox.Session, package: Package, part: str = "", isa: str | None = None) -> None:
+def run_tests(session: nox.Session, package: Package, part: str = "", isa: str = "") -> None:
     """Run the tests of a package, or a folder of them, against wheels, from a folder outside the source tree."""
     known, arguments = options(session)
     device, older = known.device, older_processor(session, known.isa or isa)
@@ -350,7 +350,7 @@ def add_test_session(package: Package, default: bool = True) -> None:
     """Make the session of one row of the table."""
 
     def session_of_package(session: nox.Session) -> None:
-        test(session, package)
+        run_tests(session, package)
 
     session_of_package.__doc__ = f"Test {package.name} {f'in real {package.vllm}' if package.vllm else 'without vLLM'}."
     nox.session(session_of_package, name=package.session, venv_backend="none", default=default)
@@ -364,7 +364,7 @@ for row in PACKAGES:
 @nox.session(name="test-ops-avx2", venv_backend="none", default=platform.machine() == "x86_64")
 def test_ops_avx2(session: nox.Session) -> None:
     """Test the operators of quant-core as on a processor with nothing newer than AVX2."""
-    test(session, PACKAGES[0], "ops", "avx2")
+    run_tests(session, PACKAGES[0], "ops", "avx2")
 
 
 # Not by default: it takes as long as test-vllm, of which it is the same tests.

@@ -24,7 +24,7 @@ from quant_core.ops.cpu.int8_gemm import (
 
 RIGHT = [candidate for candidate in CANDIDATES if refusal(candidate) is None]
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 5, 7), (17, 33, 65), (32, 1025, 16), (16, 4095, 8), (128, 256, 64), (1, 2049, 3)]
-# One row, one column, one input feature, and both: heads with one output have the second, cut layers may have the third.
+# One row, one column (a head with one output), one input feature (a layer that is cut very often).
 SHAPES += [(m, k, n) for m in (1, 2, 16) for k in (1, 8, 256) for n in (1, 2, 64) if 1 in (m, k, n)]
 # More rows and columns than `float32_blocks` takes at a time, with a rest.
 SHAPES += [(257, 300, 70), (600, 40, 9), (2, 16, 70_000), (5, 20_000, 130)]
