@@ -9,6 +9,7 @@ from quant_core.__about__ import __version__
 from quant_core.checkpoint import CheckpointFolder, PlannedFolder
 from quant_core.errors import (
     CheckpointError,
+    Finding,
     LayerResolutionError,
     LimitError,
     LoadError,
@@ -16,28 +17,58 @@ from quant_core.errors import (
     RegistrationError,
     UnknownLayerError,
     UnsupportedSchemeError,
+    raise_findings,
 )
-from quant_core.formats import Detection, Evidence, LayerQuant, LayerQuery, QuantFormat, detect_formats, list_formats
+from quant_core.formats import (
+    Detection,
+    Evidence,
+    LayerQuant,
+    LayerQuery,
+    QuantFormat,
+    create_scheme,
+    detect_formats,
+    list_formats,
+)
 from quant_core.schemes import params
 from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, AscendMoEScheme, Scheme
-from quant_core.schemes.context import LayerContext, Partition, Shard, StoredForm, StoredTensor
+from quant_core.schemes.context import (
+    AttentionContext,
+    AttentionSizes,
+    ExpertsContext,
+    ExpertSizes,
+    LayerContext,
+    LinearContext,
+    LinearSizes,
+    Partition,
+    Shard,
+)
 from quant_core.schemes.params import Param
 from quant_core.schemes.registry import get_scheme_class, list_schemes, register_scheme, require_scheme_class
+from quant_core.stored import ActivationForm, Packing, StoredForm, StoredTensor, WeightForm
 
 __all__ = [
+    "ActivationForm",
     "AscendAttentionScheme",
     "AscendLinearScheme",
     "AscendMoEScheme",
+    "AttentionContext",
+    "AttentionSizes",
     "CheckpointError",
     "CheckpointFolder",
     "Detection",
     "Evidence",
+    "ExpertSizes",
+    "ExpertsContext",
+    "Finding",
     "LayerContext",
     "LayerQuant",
     "LayerQuery",
     "LayerResolutionError",
     "LimitError",
+    "LinearContext",
+    "LinearSizes",
     "LoadError",
+    "Packing",
     "Param",
     "Partition",
     "PlannedFolder",
@@ -50,13 +81,16 @@ __all__ = [
     "StoredTensor",
     "UnknownLayerError",
     "UnsupportedSchemeError",
+    "WeightForm",
     "__version__",
+    "create_scheme",
     "detect_formats",
     "get_scheme_class",
     "list_formats",
     "list_schemes",
     "ops",
     "params",
+    "raise_findings",
     "register_scheme",
     "require_scheme_class",
 ]

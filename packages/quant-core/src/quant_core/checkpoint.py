@@ -5,7 +5,7 @@ of them are in the Hugging Face cache; what may not leave the folder are names t
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,7 +13,7 @@ from typing import Any
 
 from quant_core.errors import CheckpointError, listing
 from quant_core.files import read_header, read_json
-from quant_core.schemes.context import StoredForm, StoredTensor
+from quant_core.stored import StoredForm, StoredTensor
 
 _READERS = 8
 
@@ -203,15 +203,8 @@ class CheckpointFolder:
 
 
 class PlannedFolder(CheckpointFolder):
-    """A folder whose weights are not there and not needed, so that nothing is known of tensors but their names.
-
-    A format that can tell from its description alone what a model's modules are says so by `plan`.
-    """
+    """A folder whose weights are not there and not needed: nothing is known of tensors, not even their names."""
 
     weight_files = ()
     tensors: Mapping[str, StoredTensor] = {}
     modules: Mapping[str, StoredForm] = {}
-
-    def plan(self, modules: Iterable[str]) -> None:
-        """Make modules known; of what they store, the usual form of their type holds."""
-        self.modules = {module: StoredForm(module) for module in modules}

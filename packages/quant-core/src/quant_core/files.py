@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quant_core.errors import CheckpointError, listing
-from quant_core.schemes.context import StoredTensor
+from quant_core.stored import StoredTensor
 
 _JSON_LIMIT = 256 * 2**20
 

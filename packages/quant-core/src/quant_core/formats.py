@@ -24,18 +24,37 @@ A complete format, in a package of its own that announces it in the entry-point 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import entry_points
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from quant_core.checkpoint import CheckpointFolder
-from quant_core.errors import LimitError, LoadError, RegistrationError, UnsupportedSchemeError
+from quant_core.errors import (
+    CheckpointError,
+    Finding,
+    LimitError,
+    LoadError,
+    QuantError,
+    RegistrationError,
+    UnsupportedSchemeError,
+)
 from quant_core.queries import Detection, Evidence, LayerQuant, LayerQuery
 from quant_core.schemes.base import AscendLinearScheme, Scheme
 from quant_core.schemes.composed import compose, reasons_against
-from quant_core.schemes.context import LayerContext, Shard, StoredForm
+from quant_core.schemes.context import (
+    AttentionContext,
+    AttentionSizes,
+    ExpertsContext,
+    ExpertSizes,
+    LayerContext,
+    LinearContext,
+    LinearSizes,
+    Shard,
+)
 from quant_core.schemes.registry import load_announced, origin, require_scheme_class
 from quant_core.schemes.verify import verify_stored
+from quant_core.stored import StoredForm, StoredTensor
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -44,6 +63,7 @@ __all__ = [
     "LayerQuant",
     "LayerQuery",
     "QuantFormat",
+    "create_scheme",
     "detect_formats",
     "layer_context",
     "list_formats",
@@ -86,9 +106,18 @@ class QuantFormat(ABC):
 
         """
 
+    @classmethod
+    def findings(cls, folder: CheckpointFolder) -> Iterable[Finding]:
+        """Everything that is wrong or odd about a folder, without raising. What `load` raises is their text."""
+        try:
+            cls.load(folder)
+        except QuantError as error:
+            return error.findings
+        return ()
+
     @abstractmethod
     def layer_quant(self, query: LayerQuery) -> LayerQuant:
-        """How one layer is quantised.
+        """How one layer is quantised. For a quantised one, states how each of its modules is stored.
 
         Raises:
             UnknownLayerError: if nothing in the checkpoint belongs to the layer.
@@ -96,10 +125,55 @@ class QuantFormat(ABC):
 
         """
 
+    def canonical_suffixes(self, form: StoredForm) -> Mapping[str, str | None]:
+        """What the format calls otherwise: the canonical suffix of a module's tensors by the format's own one.
+
+        None is for tensors that no layer needs. The one place where a format's spelling is known: it holds for the
+        headers (`modules`) and for the tensors that an engine loads (`canonical_name`).
+
+        Args:
+            form: a module of the files under the format's own suffixes.
+
+        """
+        return {}
+
+    @cached_property
+    def modules(self) -> Mapping[str, StoredForm]:
+        """The modules of the files, their tensors under canonical suffixes.
+
+        Raises:
+            CheckpointError: if two tensors of a module mean the same.
+
+        """
+        return {module: respelled(form, self.canonical_suffixes(form)) for module, form in self.folder.modules.items()}
+
+    @cached_property
+    def _renamed(self) -> Mapping[str, str | None]:
+        """The names of tensors that have another canonical one."""
+        return {
+            tensor.name: None if canonical is None else f"{module}.{canonical}" if module else canonical
+            for module, form in self.folder.modules.items()
+            for suffix, canonical in self.canonical_suffixes(form).items()
+            if (tensor := form.tensors.get(suffix)) is not None
+        }
+
+    def canonical_name(self, tensor: str) -> str | None:
+        """The name under which a tensor of the files is loaded; None if no layer needs it."""
+        return self._renamed.get(tensor, tensor)
+
     def stored_forms(self, modules: Sequence[str]) -> tuple[StoredForm, ...]:
         """What the files hold for each module."""
-        known = self.folder.modules
+        known = self.modules
         return tuple(known[module] if module in known else StoredForm(module) for module in modules)
+
+    def review(self, decisions: Mapping[str, LayerQuant]) -> Iterable[Finding]:
+        """What is odd about a checkpoint once all layers of a model are decided, such as a target without a layer.
+
+        Args:
+            decisions: the answer about each layer, by the engine's name of it. Told once, after the model is built.
+
+        """
+        return ()
 
     def create_scheme_for_layer(self, query: LayerQuery) -> Scheme | None:
         """The scheme that serves a layer, checked against limits and files; None for a float layer.
@@ -111,71 +185,149 @@ class QuantFormat(ABC):
 
         """
         quant = self.layer_quant(query)
-        return None if quant.quant_type is None else self.create_scheme(query, quant)
-
-    def create_scheme(self, query: LayerQuery, quant: LayerQuant) -> Scheme:
-        """The scheme for an answer that `layer_quant` gave; raises as `create_scheme_for_layer`."""
-        assert quant.quant_type is not None
-        where = "; ".join(str(evidence) for evidence in quant.evidence[:3])
-        scheme_class = require_scheme_class(quant.quant_type, query.layer_type, where=f"{query.name} ({where})")
-        context = layer_context(query, quant, scheme_class)
-        reasons = reasons_against(scheme_class, context)
-        if reasons:
-            raise UnsupportedSchemeError(
-                f"{query.name}: the type {quant.quant_type} cannot be served here",
-                where=where,
-                found="; ".join(reasons),
-            )
-        scheme = compose(scheme_class, context)
-        if isinstance(scheme, AscendLinearScheme):
-            verify_stored(scheme)
-        return scheme
+        return None if quant.quant_type is None else create_scheme(query, quant)
 
 
-def layer_context(query: LayerQuery, quant: LayerQuant, scheme_class: type[Scheme]) -> LayerContext:
-    """The scheme's view of a layer. Sizes that the engine did not give are read off the stored shapes.
+def respelled(form: StoredForm, suffixes: Mapping[str, str | None]) -> StoredForm:
+    """A module with canonical suffixes.
 
     Raises:
-        LoadError: if neither tells the sizes.
+        CheckpointError: if two of its tensors mean the same.
+
+    """
+    if not suffixes:
+        return form
+    tensors: dict[str, StoredTensor] = {}
+    for suffix, tensor in form.tensors.items():
+        canonical = suffixes.get(suffix, suffix)
+        if canonical is None:
+            continue
+        other = tensors.setdefault(canonical, tensor)
+        if other is not tensor:
+            raise CheckpointError(
+                f"{form.module} stores the same twice: {other.name} and {tensor.name}",
+                where=tensor.file,
+                todo="keep one of them",
+                tensor=tensor.name,
+            )
+    spelling = {canonical: suffix for suffix, canonical in suffixes.items() if canonical is not None}
+    return StoredForm(form.module, tensors, spelling=spelling)
+
+
+def create_scheme(query: LayerQuery, quant: LayerQuant) -> Scheme:
+    """The scheme for a format's answer about a quantised layer: the one place that judges whether it can be served.
+
+    Raises:
+        UnsupportedSchemeError: if no scheme is registered for the type, or it cannot serve this form of it.
+        LoadError: if the files do not hold what the scheme loads.
         LimitError: if the engine has more or fewer members than the checkpoint.
 
     """
-    modules, stored, sizes = list(quant.modules), list(quant.stored), list(query.output_sizes)
-    input_size = query.input_size
-    if input_size is None or not sizes:
-        told = [_sizes(scheme_class, form) for form in stored or (StoredForm(query.name),)]
-        input_size = told[0][0] if input_size is None else input_size
-        sizes = sizes or [output for _, output in told]
-    if len(modules) == 1 and len(sizes) > 1:  # fused in the checkpoint already
-        modules, stored = modules * len(sizes), stored * len(sizes)
-    local = list(query.local_output_sizes) or sizes
-    if not len(modules) == len(sizes) == len(local):
+    assert quant.quant_type is not None
+    where = "; ".join(str(evidence) for evidence in quant.evidence[:3]) or None
+    scheme_class = require_scheme_class(quant.quant_type, query.layer_type, where=f"{query.name} ({where})")
+    context = layer_context(query, quant)
+    reasons = reasons_against(scheme_class, context)
+    if reasons:
+        raise UnsupportedSchemeError(
+            f"{query.name}: the type {quant.quant_type} cannot be served here",
+            where=where,
+            found="; ".join(reasons),
+            layer=query.name,
+        )
+    scheme = compose(scheme_class, context)
+    if isinstance(scheme, AscendLinearScheme):
+        verify_stored(scheme)
+    return scheme
+
+
+def layer_context(query: LayerQuery, quant: LayerQuant) -> LayerContext:
+    """The scheme's view of a layer. Sizes of a linear layer that the engine did not give are read off the headers.
+
+    Raises:
+        LoadError: if neither tells the sizes.
+        LimitError: if the engine has more or fewer members than the checkpoint, or gave sizes of another kind of layer.
+
+    """
+    common: dict[str, Any] = {
+        "name": query.name,
+        "params_dtype": query.params_dtype,
+        "stored": quant.stored,
+        "partition": query.partition,
+        "role": query.role,
+    }
+    sizes, wanted = query.sizes, _SIZES[query.layer_type]
+    if sizes is None and wanted is LinearSizes:
+        sizes = _stored_sizes(query, quant)
+    if not isinstance(sizes, wanted):
         raise LimitError(
-            f"{query.name}: the engine fuses {len(sizes)} members ({len(local)} on this rank), the checkpoint has "
-            f"{len(modules)}",
-            found=", ".join(modules),
+            f"{query.name}: a scheme for {query.layer_type} layers needs the sizes of one",
+            found=type(sizes).__name__,
+            expected=wanted.__name__,
+            layer=query.name,
         )
-    return LayerContext(
-        name=query.name,
-        layer_type=query.layer_type,
-        shards=tuple(Shard(*member) for member in zip(modules, sizes, local, strict=True)),
-        input_size=input_size,
-        params_dtype=query.params_dtype,
-        stored=tuple(stored),
-        partition=query.partition,
-        has_bias=query.has_bias,
-        role=query.role,
-    )
+    if isinstance(sizes, ExpertSizes):
+        return ExpertsContext(sizes=sizes, **common)
+    if isinstance(sizes, AttentionSizes):
+        return AttentionContext(sizes=sizes, **common)
+    members = _members(quant, sizes.output_sizes)
+    local = sizes.local_output_sizes or sizes.output_sizes
+    if not len(members) == len(sizes.output_sizes) == len(local):
+        raise LimitError(
+            f"{query.name}: the engine fuses {len(sizes.output_sizes)} members ({len(local)} on this rank), the "
+            f"checkpoint has {len(members)}",
+            found=", ".join(quant.modules),
+            layer=query.name,
+        )
+    modules = [quant.modules[index] for index in members]
+    common["stored"] = tuple(quant.stored[index] for index in members) if quant.stored else ()
+    shards = tuple(Shard(*member) for member in zip(modules, sizes.output_sizes, local, strict=True))
+    return LinearContext(shards=shards, input_size=sizes.input_size, has_bias=query.has_bias, **common)
 
 
-def _sizes(scheme_class: type[Scheme], form: StoredForm) -> tuple[int, int]:
-    sizes = scheme_class.stored_sizes(form) if issubclass(scheme_class, AscendLinearScheme) else None
-    if sizes is None:
-        raise LoadError(
-            f"{form.module}: the stored tensors do not tell the layer's sizes",
-            found=", ".join(f"{t.name} {list(t.shape)}" for t in form.tensors.values()) or "no tensor of this name",
-        )
-    return sizes
+_SIZES: dict[str, type[LinearSizes | ExpertSizes | AttentionSizes]] = {
+    "linear": LinearSizes,
+    "moe": ExpertSizes,
+    "attention": AttentionSizes,
+}
+
+
+def _stored_sizes(query: LayerQuery, quant: LayerQuant) -> LinearSizes:
+    told = []
+    for form in quant.stored or (StoredForm(query.name),):
+        sizes = form.sizes()
+        if sizes is None:
+            raise LoadError(
+                f"{form.module}: the stored tensors do not tell the layer's sizes",
+                found=", ".join(f"{t.name} {list(t.shape)}" for t in form.tensors.values()) or "no tensor of this name",
+                layer=query.name,
+            )
+        told.append(sizes)
+    return LinearSizes(told[0][0], tuple(outputs for _, outputs in told))
+
+
+def _members(quant: LayerQuant, sizes: Sequence[int]) -> list[int]:
+    """For each member of the engine's layer, which module it is loaded from: one that is fused on disk has several.
+
+    As many as there are modules where sizes do not tell: whoever counts them says what is wrong.
+    """
+    modules = list(range(len(quant.modules)))
+    if len(modules) == 1:
+        return modules * max(1, len(sizes))
+    if len(modules) >= len(sizes):
+        return modules
+    rows = [form.shape("weight", (0,))[0] for form in quant.stored]
+    # One element may stand for several output features; how many follows from the layer as a whole.
+    step, rest = divmod(sum(sizes), max(1, sum(rows)))
+    members: list[int] = []
+    for index, count in enumerate(rows):
+        left = count * step
+        while left > 0 and len(members) < len(sizes):
+            left -= sizes[len(members)]
+            members.append(index)
+        if left != 0 or rest:
+            return modules
+    return members
 
 
 def list_formats() -> dict[str, type[QuantFormat]]:

@@ -7,6 +7,8 @@ eights (the machine must be little-endian, as all are that have an NPU).
 import torch
 from torch import Tensor
 
+from quant_core.stored import Packing
+
 
 def pack_pairs(values: Tensor, axis: int) -> Tensor:
     """Two neighbours along an axis to a byte; of values beyond -8 to 7 the lowest four bits are taken.
@@ -77,6 +79,42 @@ def unpack_eights(packed: Tensor) -> Tensor:
 
     """
     return unpack_pairs(row_major(packed).view(torch.int8), -1)
+
+
+def pack(values: Tensor, packing: Packing | None, num_bits: int = 4) -> Tensor:
+    """Integers [out, in] as a module stores them; None leaves them as they are.
+
+    Raises:
+        ValueError: if an axis is no multiple of the values in one element.
+
+    """
+    if packing is None:
+        return values
+    if packing.container(num_bits) == torch.int8:
+        packed = pack_pairs(values, packing.axis)
+    elif packing.axis == 1:
+        packed = pack_eights(values) if num_bits == 4 else values.contiguous().view(torch.int32)
+    else:
+        packed = pack(values.t(), Packing(1, packing.values), num_bits).t().contiguous()
+    return packed if packing.signed else packed ^ _sign_bits(packed.dtype, num_bits)
+
+
+def unpack(stored: Tensor, packing: Packing | None, num_bits: int = 4) -> Tensor:
+    """The values of a stored tensor, int8 [out, in]; None takes them as they are."""
+    if packing is None:
+        return stored
+    packed = stored if packing.signed else stored ^ _sign_bits(stored.dtype, num_bits)
+    if packing.container(num_bits) == torch.int8:
+        return unpack_pairs(packed, packing.axis)
+    if packing.axis == 0:
+        return unpack(packed.t(), Packing(1, packing.values), num_bits).t()
+    return unpack_eights(packed) if num_bits == 4 else row_major(packed).view(torch.int8)
+
+
+def _sign_bits(container: torch.dtype, num_bits: int) -> int:
+    """The sign bits of all values in one element: offset binary has them turned over, v + 8 is v with another one."""
+    bits = sum(1 << (shift - 1) for shift in range(num_bits, 8 * container.itemsize + 1, num_bits))
+    return bits - 2 ** (8 * container.itemsize)  # as a signed number
 
 
 def row_major(values: Tensor) -> Tensor:

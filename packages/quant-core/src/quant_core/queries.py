@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from quant_core.schemes.context import Partition, StoredForm
+from quant_core.schemes.context import AttentionSizes, ExpertSizes, LinearSizes, Partition, Role
+from quant_core.stored import StoredForm
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class LayerQuery:
     Attributes:
         name: the engine's name of the layer.
         layer_type: `linear`, `moe` or `attention`.
+        layer_class: the class of the engine's module in the words of configs, whose targets may name it: `Linear`,
+            `lm_head`, `Embedding`, `Attention`, or the name of a class of experts.
         modules: the checkpoint modules that the layer stands for, if the engine knows them.
         packed_modules: otherwise, how the engine fuses: last component of a fused module to those of its members.
-        input_size: input features over all ranks; None takes sizes from the files.
-        output_sizes: output features of each member over all ranks.
-        local_output_sizes: those of this rank; the same if empty.
+        sizes: of the kind that the layer is of; None takes those of a linear layer from the files.
         params_dtype: the model's dtype.
         partition: how the layer is cut.
         has_bias: whether the engine's layer has a bias.
@@ -51,13 +52,12 @@ class LayerQuery:
     layer_type: str = "linear"
     modules: tuple[str, ...] = ()
     packed_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    input_size: int | None = None
-    output_sizes: tuple[int, ...] = ()
-    local_output_sizes: tuple[int, ...] = ()
+    sizes: LinearSizes | ExpertSizes | AttentionSizes | None = None
     params_dtype: torch.dtype = torch.bfloat16
     partition: Partition = field(default_factory=Partition)
     has_bias: bool = False
-    role: Literal["prefill", "decode", "both"] = "both"
+    role: Role = "both"
+    layer_class: str = "Linear"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LayerQuant:
     Attributes:
         quant_type: the registered name of the scheme, None for a float layer.
         modules: the checkpoint modules that the layer is loaded from.
-        stored: what the files hold for each of them.
+        stored: what the files hold for each of them, and how, as the format states it.
         evidence: the entries that decided.
         reason: why a float layer is one.
 

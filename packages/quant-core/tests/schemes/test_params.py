@@ -12,7 +12,8 @@ from torch import nn
 
 from quant_core import LayerContext, LimitError, Param, Partition, Shard
 from quant_core.schemes import params
-from quant_core.schemes.params import layout_of, layouts_of, replace_parameter, same_kind, tensor_of
+from quant_core.schemes.layouts import layout_of, layouts_of
+from quant_core.schemes.params import replace_parameter, same_kind, tensor_of
 
 
 def context(

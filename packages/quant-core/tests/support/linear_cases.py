@@ -127,8 +127,8 @@ def w4a8_dynamic(out: int, inputs: int, groups: int = 0, packed: bool = True, pa
     }
     second = torch.rand(out, groups) + 0.5 if groups else torch.ones(out, 1)
     if groups:
-        stored["weight_scale_second"] = second
-        stored["weight_offset_second"] = torch.zeros(second.shape, dtype=torch.int64)
+        stored |= {"weight_channel_scale": first, "weight_channel_offset": torch.zeros_like(first)}
+        stored |= {"weight_scale": second, "weight_offset": torch.zeros(second.shape, dtype=torch.int64)}
     if parts:
         weight = codes * (first * second).repeat_interleave(inputs // second.shape[1], dim=1)
         stored["scale_bias"] = 8 * weight.unflatten(1, (parts, -1)).sum(dim=-1)

@@ -11,7 +11,7 @@ from workbench import Stored, Workbench
 from quant_core import AscendLinearScheme, Partition, list_schemes
 from quant_core.devices import planned_device
 from quant_core.errors import LimitError
-from quant_core.schemes.params import layouts_of
+from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import linear_params
 
 #: Options of the layer. max_over_ranks is what one of two equal ranks finds: with it a scheme quantises for *exact TP*.

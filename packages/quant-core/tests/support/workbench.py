@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from stating import form
 from torch import Tensor, nn
 
-from quant_core import AscendLinearScheme, LayerContext, Partition, Shard, StoredForm, StoredTensor
+from quant_core import AscendLinearScheme, LinearContext, Partition, Shard, StoredForm
+from quant_core.schemes.filling import Filling
 from quant_core.schemes.handover import hand_over
-from quant_core.schemes.params import Param, layouts_of, replace_parameter
+from quant_core.schemes.layouts import layouts_of
+from quant_core.schemes.params import Param, replace_parameter
 from quant_core.schemes.verify import absent_params, linear_params
 
 #: One checkpoint module: its stored tensors by suffix.
@@ -27,39 +30,34 @@ class Workbench:
         inputs: int = 0,
         scheme_class: type[AscendLinearScheme] | None = None,
         **options: Any,
-    ) -> LayerContext:
-        """A layer that is fused from stored modules.
-
-        Without sizes it is as large as their weights, or, where a scheme class tells how those are packed, larger.
-        """
+    ) -> LinearContext:
+        """A layer that is fused from stored modules; without sizes as large as their weights, as stated, are."""
         partition = partition or Partition()
         parts = partition.size if partition.kind == "column" else 1
-        stored = tuple(self.form(f"m{i}", member) for i, member in enumerate(members))
-        told = [scheme_class.stored_sizes(form) if scheme_class else None for form in stored]
-        shapes = [size or tuple(m["weight"].shape)[::-1] for size, m in zip(told, members, strict=True)]
-        sizes = sizes or [output for _, output in shapes]
-        return LayerContext(
+        stored = tuple(form(f"m{i}", member, scheme_class, inputs) for i, member in enumerate(members))
+        told = [found.sizes() or (1, 1) for found in stored]
+        sizes = sizes or [output for _, output in told]
+        return LinearContext(
             name="layers.0.proj",
-            layer_type="linear",
             shards=tuple(Shard(f"m{i}", size, size // parts) for i, size in enumerate(sizes)),
-            input_size=inputs or shapes[0][0],
+            input_size=inputs or told[0][0],
             params_dtype=dtype,
             stored=stored,
             partition=partition,
             **options,
         )
 
-    def form(self, module: str, member: Stored) -> StoredForm:
-        """What the header of a file with these tensors says."""
-        return StoredForm(
-            module,
-            {s: StoredTensor(f"{module}.{s}", tuple(t.shape), t.dtype, "model.safetensors") for s, t in member.items()},
-        )
+    def form(
+        self, module: str, member: Stored, scheme_class: type[AscendLinearScheme] | None = None, inputs: int = 0
+    ) -> StoredForm:
+        """What a format states of a module with these tensors."""
+        return form(module, member, scheme_class, inputs)
 
     def draw(self, scheme_class: type[AscendLinearScheme], size: int, inputs: int) -> Stored:
         """A stored module of any type: as the type itself quantises, or random values that its declarations accept."""
         shard = Shard("m0", size, size)
-        scheme = scheme_class.create(LayerContext("layers.0.proj", "linear", (shard,), inputs, torch.bfloat16))
+        context = LinearContext(name="layers.0.proj", shards=(shard,), input_size=inputs, params_dtype=torch.bfloat16)
+        scheme = scheme_class.create(context)
         assert scheme_class.can_serve(scheme.context) == []
         try:
             return scheme.quantize(torch.randn(size, inputs) / 100)
@@ -83,25 +81,21 @@ class Workbench:
 
     def load(self, scheme: AscendLinearScheme, members: Sequence[Stored]) -> nn.Module:
         """A layer that holds this rank's part of the stored tensors, every element of it written exactly once."""
-        layer, partition = nn.Module(), scheme.context.partition
-        layouts = layouts_of(linear_params(scheme), scheme.context)
+        layer, context = nn.Module(), scheme.context
+        kind, rank = context.partition.kind, context.partition.rank
+        layouts = layouts_of(linear_params(scheme), context)
         for name, layout in layouts.items():
             value, written = torch.zeros(layout.shape, dtype=layout.param.dtype), torch.zeros(layout.shape)
-            for index, (member, param) in enumerate(zip(members, layout.members, strict=True)):
-                part = member[name]
-                assert tuple(part.shape) == param.shape, f"{name} is declared otherwise"
-                assert param.takes(part.dtype), f"{name} is declared otherwise"
-                where: list[Any] = [slice(None)] * value.dim()
-                where[layout.axis or 0] = index if layout.axis is None else layout.member(index)
-                if param.output_dim is not None and partition.kind == "column":
-                    part = part.chunk(partition.size, param.output_dim)[partition.rank]
-                if param.input_dim is not None and partition.kind == "row":
-                    part = part.chunk(partition.size, param.input_dim)[partition.rank]
-                value[tuple(where)] = part
-                written[tuple(where)] += 1
+            filling = Filling(layout, context.name, context.modules)
+            for index, member in enumerate(members):
+                at = {"layer": index // len(context.shards), "member": index % len(context.shards)}
+                parts = {"output_part": rank if kind == "column" else 0, "input_part": rank if kind == "row" else 0}
+                filling.load(value, member[name], **at, **parts)
+                layout.part(written, at["member"], at["layer"]).add_(1)
             assert bool((written == 1).all()), f"{name}: the members do not fill it"
+            assert filling.missing() == []
             replace_parameter(layer, name, value)
-        hand_over(layer, layouts.values(), layouts_of(absent_params(scheme), scheme.context).values())
+        hand_over(layer, layouts.values(), layouts_of(absent_params(scheme), context).values())
         return layer
 
     def serve(

@@ -1,5 +1,6 @@
 """The ModelSlim format."""
 
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import ClassVar, Self
 
@@ -7,16 +8,20 @@ from quant_core import (
     CheckpointFolder,
     Detection,
     Evidence,
+    Finding,
     LayerQuant,
     LayerQuery,
-    PlannedFolder,
+    QuantError,
     QuantFormat,
+    StoredForm,
+    raise_findings,
 )
 from quant_core.names import ModuleNames
 from quant_modelslim.description import NAME, PATTERN, WEIGHTS, Description
 from quant_modelslim.resolve import agreed_type, module_type, unknown
+from quant_modelslim.stating import canonical_suffixes, stated
 from quant_modelslim.type_names import FLOAT
-from quant_modelslim.validate import plan, validate
+from quant_modelslim.validate import examine
 
 
 class ModelSlimFormat(QuantFormat):
@@ -51,11 +56,17 @@ class ModelSlimFormat(QuantFormat):
 
         """
         description = Description.read(folder)
-        if isinstance(folder, PlannedFolder):
-            plan(folder, description)
-        else:
-            validate(folder, description)
+        raise_findings(examine(folder, description))
         return cls(folder, description)
+
+    @classmethod
+    def findings(cls, folder: CheckpointFolder) -> Iterator[Finding]:
+        """See QuantFormat.findings."""
+        try:
+            description = Description.read(folder)
+            yield from examine(folder, description)
+        except QuantError as error:
+            yield from error.findings
 
     def layer_quant(self, query: LayerQuery) -> LayerQuant:
         """The type of the modules that the layer stands for, which must agree.
@@ -80,7 +91,12 @@ class ModelSlimFormat(QuantFormat):
         evidence = tuple(found)
         if quant_type == FLOAT:
             return LayerQuant(None, modules, evidence=evidence, reason=str(evidence[0]))
-        return LayerQuant(quant_type, modules, self.stored_forms(modules), evidence)
+        forms = (stated(form, quant_type, self.description, query) for form in self.stored_forms(modules))
+        return LayerQuant(quant_type, modules, tuple(forms), evidence)
+
+    def canonical_suffixes(self, form: StoredForm) -> Mapping[str, str | None]:
+        """Scales in two stages are called otherwise."""
+        return canonical_suffixes(form)
 
     def _described(self, query: LayerQuery) -> tuple[str, ...]:
         """The modules of a layer that no file holds: those under which it would be described."""

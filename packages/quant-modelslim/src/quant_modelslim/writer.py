@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core import AscendLinearScheme, LayerContext, Shard, require_scheme_class
-from quant_modelslim.description import PATTERN
+from quant_core import AscendLinearScheme, LayerQuant, LayerQuery, LinearSizes, StoredForm, require_scheme_class
+from quant_core.formats import layer_context
+from quant_modelslim.description import PATTERN, Description
+from quant_modelslim.stating import stated
 from quant_modelslim.type_names import FLOAT
 
 #: A module's name and weight to the type that it gets.
@@ -53,9 +55,9 @@ def quantize_weight(module: str, weight: Tensor, quant_type: str) -> dict[str, T
     scheme_class = require_scheme_class(quant_type, "linear", where=module)
     assert issubclass(scheme_class, AscendLinearScheme)
     out_features, in_features = weight.shape
-    shard = Shard(module, out_features, out_features)
-    context = LayerContext(module, "linear", (shard,), in_features, torch.float32)
-    return scheme_class.create(context).quantize(weight)
+    query = LayerQuery(module, sizes=LinearSizes(in_features, (out_features,)), params_dtype=torch.float32)
+    form = stated(StoredForm(module), quant_type, Description("", {}), query)
+    return scheme_class.create(layer_context(query, LayerQuant(quant_type, (module,), (form,)))).quantize(weight)
 
 
 def write_checkpoint(

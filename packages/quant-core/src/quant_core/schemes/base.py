@@ -30,6 +30,7 @@ A complete scheme, in a file or package of its own:
 Packages announce such a module in the entry-point group `quant_core.schemes`.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
@@ -38,9 +39,11 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.devices import DEVICES, current_device
-from quant_core.schemes.context import LayerContext, Shard, StoredForm
+from quant_core.schemes.context import AttentionContext, ExpertsContext, LayerContext, LinearContext
 from quant_core.schemes.hooks import call_hook
 from quant_core.schemes.params import Param
+from quant_core.storage import FP8Storage, IntegerStorage, MicroscaledStorage, Storage, tensors_of
+from quant_core.stored import ActivationForm, StoredForm, WeightForm
 
 
 class Scheme(ABC):
@@ -86,31 +89,66 @@ class AscendLinearScheme(Scheme):
     """A quantised linear layer: y = x Wᵀ + b.
 
     The four `get_*` hooks are given the full sizes of one checkpoint module and declare what is stored for it; cutting
-    for tensor parallelism and fusing q/k/v or gate/up is done by whoever allocates the parameters.
+    for tensor parallelism and fusing q/k/v or gate/up is done by whoever allocates the parameters. A type whose weight
+    is kept by a storage of `quant_core.storage` names it in `stores` and overrides none of them.
 
     Attributes:
+        stores: how the type's weight is stored where a format does not say otherwise; None for a type that declares
+            its parameters itself.
+        activation: how the type quantises a layer's input where a format does not say otherwise; None for not at all.
+        storage_class: the storage; None takes the one for what `stores` says.
         folds_bias: the stored tensors contain the layer's bias already, so `apply` must not add it. (An engine that
             adds the bias itself, after `apply`, cannot serve such a type.)
 
     """
 
+    stores: ClassVar[WeightForm | None] = None
+    activation: ClassVar[ActivationForm | None] = None
+    storage_class: ClassVar[type[Storage] | None] = None
     folds_bias: ClassVar[bool] = False
+    context: LinearContext
 
-    @abstractmethod
+    @classmethod
+    def storage_of(cls, form: StoredForm) -> Storage | None:
+        """The storage of a module's weight; None where the type declares its parameters itself."""
+        if cls.stores is None:
+            return None
+        found = cls.storage_class
+        if found is None and cls.stores.type == "int":
+            found = IntegerStorage
+        elif found is None:
+            found = FP8Storage if cls.stores.strategy == "channel" else MicroscaledStorage
+        return found(form, cls.stores)
+
+    @functools.cached_property
+    def storage(self) -> Storage:
+        """The storage of this layer's weight."""
+        found = self.storage_of(self.context.form)
+        assert found is not None, f"{type(self).__name__} declares its parameters itself, and has no `stores`"
+        return found
+
+    @classmethod
+    def can_serve(cls, context: LayerContext) -> list[str]:
+        """The device's reasons and the storage's."""
+        assert isinstance(context, LinearContext)
+        storage = cls.storage_of(context.form)
+        return super().can_serve(context) + ([] if storage is None else storage.reasons_against(context.input_size))
+
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """The weight, under the suffix that the checkpoint uses."""
+        """The weight, under its canonical suffix."""
+        return self.storage.get_weight(input_size, output_size)
 
     def get_pertensor_param(self, params_dtype: torch.dtype) -> dict[str, Param]:
         """Parameters with one value per checkpoint module."""
-        return {}
+        return {} if self.stores is None else self.storage.get_pertensor_param()
 
     def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """Parameters with one value per output feature."""
-        return {}
+        return {} if self.stores is None else self.storage.get_perchannel_param(output_size)
 
     def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """Parameters with one value per output feature and group of input features."""
-        return {}
+        return {} if self.stores is None else self.storage.get_pergroup_param(input_size, output_size)
 
     def params(self, input_size: int, output_size: int) -> dict[str, Param]:
         """Everything that the hooks declare for one checkpoint module of this size."""
@@ -127,22 +165,6 @@ class AscendLinearScheme(Scheme):
             for hook, arguments in calls
             for name, param in call_hook(hook, arguments, sizes, row_parallel).items()
         }
-
-    @classmethod
-    def stored_sizes(cls, form: StoredForm) -> tuple[int, int] | None:
-        """(input, output) features of a stored module, None if the shapes do not tell.
-
-        They follow from how much smaller than the layer `get_weight` declares a packed weight.
-        """
-        features = 1 << 16  # a multiple of whatever a weight is packed by
-        shard = Shard(form.module, features, features)
-        scheme = cls.create(LayerContext(form.module, "linear", (shard,), features, torch.bfloat16, (form,)))
-        arguments = (features, features, torch.bfloat16)
-        for name, param in call_hook(scheme.get_weight, arguments, (features, features), False).items():
-            shape, out, into = form.shape(name, ()), param.output_dim, param.input_dim
-            if out is not None and into is not None and len(shape) == len(param.shape):
-                return shape[into] * features // param.shape[into], shape[out] * features // param.shape[out]
-        return None
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
@@ -161,15 +183,21 @@ class AscendLinearScheme(Scheme):
 
     def dequantize(self, layer: nn.Module) -> Tensor:
         """Float32 weight [out, in] from the *stored* parameters on `layer`: what `apply` approximates."""
-        raise NotImplementedError(f"{type(self).__name__} has no dequantize")
+        if self.stores is None:
+            raise NotImplementedError(f"{type(self).__name__} has no dequantize")
+        return self.storage.dequantize(tensors_of(layer))
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The stored tensors of a float weight [out, in] by the type's plain rule, without calibration."""
-        raise NotImplementedError(f"{type(self).__name__} needs calibration and cannot quantise by itself")
+        if self.stores is None:
+            raise NotImplementedError(f"{type(self).__name__} needs calibration and cannot quantise by itself")
+        return self.storage.quantize(weight)
 
 
 class AscendMoEScheme(Scheme):
     """Quantised experts. Hooks are given the sizes of all local experts at once."""
+
+    context: ExpertsContext
 
     @abstractmethod
     def get_weight(
@@ -206,6 +234,7 @@ class AscendAttentionScheme(Scheme):
     """
 
     cache_dtype: ClassVar[torch.dtype]
+    context: AttentionContext
 
     @abstractmethod
     def get_params(self, num_kv_heads: int, head_size: int, params_dtype: torch.dtype) -> dict[str, Param]:

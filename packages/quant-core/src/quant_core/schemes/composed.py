@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from quant_core.schemes.additions import ADDITIONS, Addition
 from quant_core.schemes.base import AscendLinearScheme, Scheme
-from quant_core.schemes.context import LayerContext, StoredForm
+from quant_core.schemes.context import LayerContext, LinearContext
 from quant_core.schemes.params import Param
 
 
@@ -37,10 +37,6 @@ class ComposedLinearMethod(AscendLinearScheme):
             declared |= addition.params(input_size, output_size)
         return declared
 
-    def stored_sizes(self, form: StoredForm) -> tuple[int, int] | None:  # type: ignore[override]
-        """The base's; asked of the instance, since the class serves any type."""
-        return self.base.stored_sizes(form)
-
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Each processes its own."""
         self.base.process_weights_after_loading(layer)
@@ -58,22 +54,32 @@ class ComposedLinearMethod(AscendLinearScheme):
         return y
 
     def dequantize(self, layer: nn.Module) -> Tensor:
-        """The base's weight, without what is added."""
-        return self.base.dequantize(layer)
+        """The weight that `apply` multiplies the input by as it comes, with what is added."""
+        weight = self.base.dequantize(layer)
+        for addition in reversed(self.additions):
+            weight = addition.turned_back(layer, weight)
+        for addition in self.additions:
+            weight = addition.completed(layer, weight)
+        return weight
 
 
 def reasons_against(scheme_class: type[Scheme], context: LayerContext) -> list[str]:
     """Why a scheme, or an addition that the files ask for, cannot serve a layer; empty when they can."""
     reasons = scheme_class.can_serve(context)
-    if issubclass(scheme_class, AscendLinearScheme):
-        for addition in ADDITIONS:
-            if addition.belongs(context.form):
-                reasons += addition.can_serve(context)
+    if isinstance(context, LinearContext):
+        for addition in _stated(context):
+            reasons += addition.can_serve(context)
     return reasons
 
 
 def compose(scheme_class: type[Scheme], context: LayerContext) -> Scheme:
     """An instance for one layer, with the additions that its files ask for."""
     scheme = scheme_class.create(context)
-    additions = [addition(context) for addition in ADDITIONS if addition.belongs(context.form)]
-    return ComposedLinearMethod(scheme, additions) if additions and isinstance(scheme, AscendLinearScheme) else scheme
+    if not isinstance(context, LinearContext) or not isinstance(scheme, AscendLinearScheme):
+        return scheme
+    additions = [addition(context) for addition in _stated(context)]
+    return ComposedLinearMethod(scheme, additions) if additions else scheme
+
+
+def _stated(context: LinearContext) -> list[type[Addition]]:
+    return [addition for addition in ADDITIONS if addition.name in context.form.transforms]

@@ -1,56 +1,72 @@
 """What a scheme is told about the layer that it serves."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from quant_core.stored import StoredForm
 
-class StoredTensor(NamedTuple):
-    """What a file's header says of one tensor. A tuple, because large models have a hundred thousand."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: str
+Role = Literal["prefill", "decode", "both"]
 
 
-#: One for all: a dictionary for each module of a large model would take a tenth of a second.
-_NO_TENSORS: Mapping[str, StoredTensor] = {}
+@dataclass(frozen=True)
+class LinearSizes:
+    """Sizes of a linear layer.
 
+    Attributes:
+        input_size: input features over all ranks.
+        output_sizes: output features of each member over all ranks.
+        local_output_sizes: those of this rank; the same if empty.
 
-@dataclass(frozen=True, slots=True)
-class StoredForm:
-    """The tensors of one checkpoint module by canonical suffix (`weight`, `weight_scale`, ...).
-
-    Empty when there is no file yet (planning): then a type's usual form holds, which is what the `default` of each
-    question stands for.
     """
 
-    module: str = ""
-    tensors: Mapping[str, StoredTensor] = field(default_factory=lambda: _NO_TENSORS)
+    input_size: int
+    output_sizes: tuple[int, ...]
+    local_output_sizes: tuple[int, ...] = ()
 
-    def __bool__(self) -> bool:
-        """False if nothing is known of the files."""
-        return bool(self.tensors)
 
-    def has(self, suffix: str, default: bool = False) -> bool:
-        """Whether the module stores a tensor with this suffix; `default` if nothing is known of the files."""
-        return suffix in self.tensors if self.tensors else default
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Sizes of a layer of routed experts.
 
-    def shape(self, suffix: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """The stored shape, or `default` for a tensor that is not there."""
-        return self.tensors[suffix].shape if suffix in self.tensors else default
+    Attributes:
+        hidden_size: features of a token.
+        intermediate_size: features between the two halves of an expert, over all ranks.
+        num_experts: experts over all ranks.
+        local_experts: the global numbers of this rank's experts, in the order in which they are held.
+        activation: the engine's name of what lies between the halves.
+        weight_on_input: whether a token is multiplied by its router's weight before the experts, not after them.
 
-    def dtype(self, suffix: str, default: torch.dtype) -> torch.dtype:
-        """The stored dtype, or `default` for a tensor that is not there."""
-        return self.tensors[suffix].dtype if suffix in self.tensors else default
+    """
 
-    def float_dtype(self, suffix: str, default: torch.dtype = torch.float32) -> torch.dtype:
-        """The stored dtype if it is a floating one, else `default`: writers store scales in 32 or 16 bits."""
-        dtype = self.dtype(suffix, default)
-        return dtype if dtype.is_floating_point and dtype.itemsize > 1 else default
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    local_experts: tuple[int, ...] = ()
+    activation: str = "silu"
+    weight_on_input: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """Sizes of an attention layer.
+
+    Attributes:
+        num_heads: query heads over all ranks.
+        num_kv_heads: key/value heads over all ranks.
+        head_size: features of a query and key head.
+        value_head_size: features of a value head.
+        local_heads: query and key/value heads on this rank.
+
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    value_head_size: int
+    local_heads: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -94,42 +110,72 @@ class Partition:
         return self.size if self.kind == "row" else 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """One layer as a scheme sees it.
+    """One layer as a scheme sees it, whatever its kind.
 
     Attributes:
         name: the engine's name of the layer, for messages.
-        layer_type: `linear`, `moe` or `attention`.
-        shards: one per member, in the order of their rows.
-        input_size: input features over all ranks.
         params_dtype: the model's dtype.
-        stored: one StoredForm per shard.
+        stored: the checkpoint modules that the layer is loaded from; empty while planning.
         partition: how the layer is cut.
-        has_bias: whether the engine's layer has a bias, which it then hands to `apply`.
         role: which requests the instance serves.
 
     """
 
     name: str
-    layer_type: str
-    shards: tuple[Shard, ...]
-    input_size: int
     params_dtype: torch.dtype
     stored: tuple[StoredForm, ...] = ()
     partition: Partition = Partition()
-    has_bias: bool = False
-    role: Literal["prefill", "decode", "both"] = "both"
+    role: Role = "both"
 
     @property
     def form(self) -> StoredForm:
-        """The stored form that all members share; empty while planning.
+        """The stored form that all modules share; empty while planning.
 
-        `verify_stored` makes sure that the members agree, so schemes may decide by the first one.
+        `verify_stored` makes sure that they agree, so schemes may decide by the first one.
         """
         return self.stored[0] if self.stored else StoredForm()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearContext(LayerContext):
+    """A linear layer, or a stack of linear layers of one kind under a leading axis, as experts are.
+
+    Attributes:
+        shards: one per member, in the order of their rows. In a stack, those of its first layer.
+        input_size: input features over all ranks.
+        has_bias: whether the engine's layer has a bias, which it then hands to `apply`.
+        stack: of a stack, the modules of each of its layers, in the order of the members.
+
+    `stored` has one form per shard; in a stack one per module, layer by layer.
+    """
+
+    shards: tuple[Shard, ...]
+    input_size: int
+    has_bias: bool = False
+    stack: tuple[tuple[str, ...], ...] = ()
 
     @property
     def output_size(self) -> int:
         """Output features over all members and ranks."""
         return sum(shard.output_size for shard in self.shards)
+
+    @property
+    def modules(self) -> tuple[tuple[str, ...], ...]:
+        """The checkpoint modules of each layer of the stack; a layer by itself is a stack of one."""
+        return self.stack or (tuple(shard.name for shard in self.shards),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsContext(LayerContext):
+    """A layer of routed experts."""
+
+    sizes: ExpertSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext(LayerContext):
+    """An attention layer and its cache."""
+
+    sizes: AttentionSizes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.errors import LimitError
-from quant_core.schemes.context import LayerContext
+from quant_core.schemes.context import LinearContext
 from quant_core.schemes.params import Param, finite, positive, replace_parameter, tensor_of
 
 
@@ -35,7 +35,7 @@ def get_decompose_dim(k: int) -> tuple[int, int]:
     return a - b, a + b
 
 
-def transform_sizes(context: LayerContext) -> tuple[int, int]:
+def transform_sizes(context: LinearContext) -> tuple[int, int]:
     """L and R as the stored matrices have them; of a layer without files as the tool would choose them."""
     form, k = context.form, context.input_size
     if not form.has("left_trans"):
@@ -44,7 +44,7 @@ def transform_sizes(context: LayerContext) -> tuple[int, int]:
     return left, form.shape("right_trans", (k // max(1, left),))[0]
 
 
-def transform_reasons(context: LayerContext) -> list[str]:
+def transform_reasons(context: LinearContext) -> list[str]:
     """Why the transform cannot be applied to a layer; empty when it can."""
     form, k = context.form, context.input_size
     matrices = {name: form.shape(name, ()) for name in ("left_trans", "right_trans") if form.has(name)}
@@ -66,7 +66,7 @@ def transform_reasons(context: LayerContext) -> list[str]:
     return reasons
 
 
-def transform_params(context: LayerContext) -> dict[str, Param]:
+def transform_params(context: LinearContext) -> dict[str, Param]:
     """`left_trans` and `right_trans`, of which all members of a fused layer have the same, and each a `clip_ratio`."""
     form = context.form
     left, right = transform_sizes(context)
@@ -77,7 +77,15 @@ def transform_params(context: LayerContext) -> dict[str, Param]:
     return params
 
 
-def process_transform(layer: nn.Module, context: LayerContext) -> None:
+def identity_transform(context: LinearContext) -> dict[str, Tensor]:
+    """The stored tensors of a transform that changes nothing."""
+    return {
+        name: torch.eye(param.shape[0], dtype=param.dtype) if len(param.shape) == 2 else torch.ones(1)
+        for name, param in transform_params(context).items()
+    }
+
+
+def process_transform(layer: nn.Module, context: LinearContext) -> None:
     """Bring the matrices into the form that `npu_kronecker_quant` takes: left transposed, right never absent."""
     left = tensor_of(layer, "left_trans").data
     replace_parameter(layer, "left_trans", left.t().contiguous().to(context.params_dtype))

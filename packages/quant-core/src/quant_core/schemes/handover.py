@@ -6,23 +6,30 @@ import torch
 from torch import nn
 
 from quant_core.errors import LoadError
-from quant_core.schemes.context import LayerContext
-from quant_core.schemes.params import ParamLayout, replace_parameter
+from quant_core.schemes.context import LinearContext
+from quant_core.schemes.layouts import ParamLayout
+from quant_core.schemes.params import replace_parameter
 
 
-def check_shared(context: LayerContext, name: str, copies: torch.Tensor) -> None:
+def check_shared(context: LinearContext, name: str, copies: torch.Tensor) -> None:
     """Make sure that all members of a layer loaded the same tensor.
 
     Args:
         context: the layer.
         name: the parameter's suffix.
-        copies: [members, ...], what each one loaded.
+        copies: [members, ...], what each one loaded; of a stack [layers, members, ...].
 
     Raises:
         LoadError: names the members that differ.
 
     """
-    different = [s.name for s, one in zip(context.shards, copies, strict=True) if not torch.equal(one, copies[0])]
+    stacked = copies if context.stack else copies[None]
+    different = [
+        module
+        for modules, members in zip(context.modules, stacked, strict=True)
+        for module, one in zip(modules, members, strict=True)
+        if not torch.equal(one, members[0])
+    ]
     if different:
         raise LoadError(
             f"{context.name}: the members of this fused layer must store the same {name}, but do not",
@@ -40,9 +47,11 @@ def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[
     device = next((param.device for param in layer.parameters()), None)
     for layout in stored:
         if layout.axis is None:
-            replace_parameter(layer, layout.name, layer.get_parameter(layout.name).data[0].clone())
+            copies = layer.get_parameter(layout.name).data
+            replace_parameter(layer, layout.name, (copies[0] if layout.depth is None else copies[:, 0]).clone())
     for layout in absent:
         if hasattr(layer, layout.name):  # from the last time; a parameter would not give way to a plain tensor
             delattr(layer, layout.name)
-        shape = layout.shape if layout.axis is not None else layout.shape[1:]
+        copies = None if layout.axis is not None else 0 if layout.depth is None else 1  # the axis of members
+        shape = [size for axis, size in enumerate(layout.shape) if axis != copies]
         setattr(layer, layout.name, torch.zeros(shape, dtype=layout.param.dtype, device=device))

@@ -1,7 +1,8 @@
-"""What the microscaling (MX) linear types share: blocks of 32 input features with a power of two as their scale."""
+"""What the microscaling (MX) linear types compute alike: blocks of 32 input features with a power of two as their scale."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,52 +12,24 @@ from quant_core import microscaling as mx
 from quant_core.devices import current_device
 from quant_core.ops.dtypes import FLOAT4_E2M1, FLOAT8_E8M0
 from quant_core.schemes.base import AscendLinearScheme
-from quant_core.schemes.context import LayerContext
-from quant_core.schemes.params import Param, replace_parameter, tensor_of
+from quant_core.schemes.params import replace_parameter, tensor_of
+from quant_core.storage import MicroscaledStorage
+from quant_core.stored import ActivationForm, Packing, WeightForm
 
 #: Products whose chips have MX operators, and CPU.
 MX_DEVICES = ("950", "cpu")
 
+#: How weights are stored: FP8 or FP4 in blocks of 32 that share an exponent.
+MXFP8 = WeightForm(type="float", strategy="group", group_size=mx.BLOCK, scale_dtype=torch.uint8)
+MXFP4 = replace(MXFP8, num_bits=4, packing=Packing(axis=1))
+
+#: The same of activations, at run time.
+TOKENS_MXFP8 = ActivationForm(type="float", strategy="group", group_size=mx.BLOCK)
+TOKENS_MXFP4 = replace(TOKENS_MXFP8, num_bits=4)
+
 #: Arguments of npu_dynamic_mx_quant. FP4 ties go away from zero, as vllm-ascend calls it.
 TO_FP8: dict[str, Any] = {"dst_type": torch.float8_e4m3fn, "round_mode": "rint", "scale_alg": 0}
 TO_FP4: dict[str, Any] = {"dst_type": FLOAT4_E2M1, "round_mode": "round", "scale_alg": 0}
-
-
-def mx_weight(input_size: int, output_size: int, fp4: bool) -> dict[str, Param]:
-    """`weight`: FP8 [out, in], or FP4 in uint8 [out, in / 2]."""
-    if fp4:
-        return {"weight": Param((output_size, input_size // 2), torch.uint8, output_dim=0, input_dim=1, input_step=2)}
-    return {"weight": fp8_weight(input_size, output_size)}
-
-
-def fp8_weight(input_size: int, output_size: int) -> Param:
-    """An E4M3 weight [out, in]."""
-    return Param((output_size, input_size), torch.float8_e4m3fn, output_dim=0, input_dim=1, check=no_nan)
-
-
-def mx_scale(input_size: int, output_size: int) -> Param:
-    """Exponents, uint8 [out, ceil(in / 32)]."""
-    return Param(
-        (output_size, mx.blocks_of(input_size)),
-        torch.uint8,
-        output_dim=0,
-        input_dim=1,
-        input_step=mx.BLOCK,
-        check=no_nan_exponent,
-        dummy=mx.E8M0_ONE,
-    )
-
-
-def no_nan(stored: Tensor) -> str | None:
-    """ValueCheck of FP8 codes: no NaN."""
-    bad = int(stored.to(torch.float32).isnan().sum())
-    return f"{bad} of {stored.numel()} values are NaN" if bad else None
-
-
-def no_nan_exponent(stored: Tensor) -> str | None:
-    """ValueCheck of E8M0 exponents: no NaN."""
-    bad = int((stored == mx.E8M0_NAN).sum())
-    return f"{bad} of {stored.numel()} exponents are NaN (255)" if bad else None
 
 
 def run_time_weight(stored: Tensor) -> Tensor:
@@ -117,35 +90,12 @@ def mx_multiply(
     return y
 
 
-def mx_weight_values(weight: Tensor, scale: Tensor) -> Tensor:
-    """A stored weight as float32 [out, in]: FP8 [out, in] or FP4 in uint8 [out, in / 2], times 2^(scale - 127)."""
-    fp4 = weight.dtype == torch.uint8
-    values = mx.e2m1_values(mx.unpack_e2m1(weight)) if fp4 else weight.to(torch.float32)
-    return mx.scale_blocks_(values, mx.e8m0_values(scale))
-
-
-def quantise_mx_weight(weight: Tensor, fp4: bool) -> dict[str, Tensor]:
-    """`weight` and `weight_scale` by msModelSlim's rule.
-
-    FP8 has floor(log2(max)) - 8 as exponent and saturates beyond 448. FP4 has floor(log2(max · 8/7)) - 2, so that a
-    block reaches to 7 and is clipped at 6; its ties go away from zero.
-    """
-    blocks = mx.in_blocks(weight.to(torch.float32))
-    peaks = blocks.abs().amax(-1)
-    exponents = mx.floor_exponents(peaks * 8 / 7, 2) if fp4 else mx.floor_exponents(peaks, 8)
-    scaled = (blocks / mx.e8m0_values(exponents)[..., None]).flatten(-2)[:, : weight.shape[1]]
-    if fp4:
-        return {"weight": mx.pack_e2m1(mx.e2m1_codes(scaled, ties_away=True)), "weight_scale": exponents}
-    return {"weight": scaled.clamp(-448, 448).to(torch.float8_e4m3fn), "weight_scale": exponents}
-
-
 class MXLinearScheme(AscendLinearScheme):
     """y = Σ over blocks of 32 input features of (a · 2^x_scale)(q · 2^weight_scale)ᵀ, + bias.
 
     Ranks of a row-parallel layer hold whole blocks, so the blocks of an activation are the same on any number of ranks.
 
     Attributes:
-        weight_fp4: whether the weight is FP4; else it is FP8.
         quantisation: arguments of npu_dynamic_mx_quant for the activations.
         group_sizes: of npu_quant_matmul.
         operator_adds_bias: whether it takes the bias of the layer, [n] in float32.
@@ -153,29 +103,10 @@ class MXLinearScheme(AscendLinearScheme):
     """
 
     supported_devices = MX_DEVICES
-    weight_fp4: ClassVar[bool]
     quantisation: ClassVar[dict[str, Any]]
     group_sizes: ClassVar[list[int]] = [1, 1, mx.BLOCK]
     operator_adds_bias: ClassVar[bool] = True
-
-    @classmethod
-    def can_serve(cls, context: LayerContext) -> list[str]:
-        """Whole bytes only."""
-        odd = cls._has_fp4() and context.input_size % 2
-        reason = [f"{context.input_size} input features are no whole number of bytes with two FP4 values each"]
-        return super().can_serve(context) + (reason if odd else [])
-
-    @classmethod
-    def _has_fp4(cls) -> bool:
-        return cls.weight_fp4 or cls.quantisation["dst_type"] == FLOAT4_E2M1
-
-    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight`."""
-        return mx_weight(input_size, output_size, self.weight_fp4)
-
-    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight_scale`."""
-        return {"weight_scale": mx_scale(input_size, output_size)}
+    storage: MicroscaledStorage
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Turn weight and exponents, both as views: the operator wants them transposed alike."""
@@ -192,18 +123,10 @@ class MXLinearScheme(AscendLinearScheme):
             tensor_of(layer, "weight"),
             tensor_of(layer, "weight_scale"),
             bias if self.operator_adds_bias else None,
-            (self.quantisation["dst_type"] == FLOAT4_E2M1, self.weight_fp4),
+            (self.quantisation["dst_type"] == FLOAT4_E2M1, self.storage.fp4),
             output_dtype=x.dtype,
             group_sizes=self.group_sizes,
         )
         if bias is not None and not self.operator_adds_bias:
             y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def dequantize(self, layer: nn.Module) -> Tensor:
-        """Elements times their block's power of two."""
-        return mx_weight_values(layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data)
-
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """As msModelSlim chooses exponents from each block's largest magnitude."""
-        return quantise_mx_weight(weight, self.weight_fp4)

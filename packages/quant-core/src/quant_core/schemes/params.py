@@ -1,18 +1,13 @@
-"""Declared parameters: what is stored, how it is cut over ranks and fused with its neighbours.
+"""Declared parameters: the tensors of one checkpoint module, and checks of their values."""
 
-Everything here is a pure function of sizes, so that the layouts of tensor parallelism are tested without an engine.
-"""
-
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import nn
 
-from quant_core.errors import LimitError
-from quant_core.schemes.context import LayerContext
+from quant_core.microscaling import E8M0_NAN
 
 #: A check of loaded values: takes the loaded tensor, returns what is wrong with it or None.
 ValueCheck = Callable[[torch.Tensor], str | None]
@@ -56,118 +51,6 @@ class Param:
         # Not FP8, which are codes as int8 is, nor bits held in an integer; a zero point is a number in any dtype.
         numbers = [t.is_floating_point and t.itemsize > 1 for t in (dtype, self.dtype)]
         return all(numbers) or (self.shared and any(numbers) and torch.int8 in (dtype, self.dtype))
-
-
-@dataclass(frozen=True)
-class ParamLayout:
-    """One parameter of a fused and cut layer on one rank.
-
-    Attributes:
-        name: its canonical suffix.
-        members: the declaration of each member, uncut.
-        shape: the local, fused shape to allocate.
-        axis: the axis along which members lie one after the other; None if they share one tensor, whose copies are then
-            stacked on a new first axis: an engine counts what it loads.
-        offsets: where each member starts on `axis`, and last the end of all.
-        input_parts: into how many parts `input_dim` is cut.
-
-    """
-
-    name: str
-    members: tuple[Param, ...]
-    shape: tuple[int, ...]
-    axis: int | None
-    offsets: tuple[int, ...]
-    input_parts: int
-
-    @property
-    def param(self) -> Param:
-        """What holds for every member: axes, steps, dtype."""
-        return self.members[0]
-
-    def member(self, index: int) -> slice:
-        """The part of `axis` that belongs to member `index`."""
-        return slice(self.offsets[index], self.offsets[index + 1])
-
-
-def layouts_of(declared: Mapping[str, Sequence[Param]], context: LayerContext) -> dict[str, ParamLayout]:
-    """How each parameter of a layer, given the declarations of all members, becomes one local tensor.
-
-    Raises:
-        LimitError: if a cut would go through a packed value or a group; names a tensor_parallel_size that works.
-
-    """
-    every = list(declared.values())
-    return {name: _layout(name, members, context, every) for name, members in declared.items()}
-
-
-def layout_of(name: str, members: Sequence[Param], context: LayerContext) -> ParamLayout:
-    """The same for one parameter, whose error then considers no other.
-
-    Raises:
-        LimitError: if a cut would go through a packed value or a group.
-
-    """
-    return _layout(name, members, context, [members])
-
-
-def _layout(
-    name: str, members: Sequence[Param], context: LayerContext, every: Sequence[Sequence[Param]]
-) -> ParamLayout:
-    first, partition = members[0], context.partition
-    parts = partition.input_parts
-    uncut = [s for m, s in zip(members, context.shards, strict=True) if s.local_output_size % m.output_step]
-    if not _divides(first, parts, context.input_size):
-        raise _indivisible(name, f"{context.input_size} input features", first.input_step, context, every)
-    if first.output_dim is not None and uncut:
-        size = f"{uncut[0].local_output_size} of {uncut[0].output_size} output features of {uncut[0].name} on this rank"
-        raise _indivisible(name, size, first.output_step, context, every)
-    shape = list(first.shape)
-    if first.input_dim is not None:
-        shape[first.input_dim] //= parts
-    if first.shared:
-        return ParamLayout(name, tuple(members), (len(members), *shape), None, (0,), parts)
-    if first.output_dim is None:
-        axis = 0
-        shape = shape or [1]  # a scalar becomes an entry
-        sizes = [shape[0]] * len(members)
-    else:
-        axis = first.output_dim
-        sizes = [s.local_output_size // m.output_step for m, s in zip(members, context.shards, strict=True)]
-    offsets = [0, *itertools.accumulate(sizes)]
-    shape[axis] = offsets[-1]
-    return ParamLayout(name, tuple(members), tuple(shape), axis, tuple(offsets), parts)
-
-
-def _divides(param: Param, parts: int, input_size: int) -> bool:
-    """Whether the input features can be cut into so many parts between two groups."""
-    if param.input_dim is None or parts == 1:
-        return True
-    entries = param.shape[param.input_dim]
-    return entries % parts == 0 and (input_size // parts) % param.input_step == 0
-
-
-def _indivisible(
-    name: str, size: str, step: int, context: LayerContext, every: Sequence[Sequence[Param]]
-) -> LimitError:
-    works = [n for n in range(1, context.partition.size) if _works(n, context, every)]
-    return LimitError(
-        f"{context.name}: {name} cannot be cut over {context.partition.size} tensor-parallel ranks",
-        where=", ".join(shard.name for shard in context.shards),
-        found=size,
-        expected=f"equal parts that are multiples of {step}: one index of {name} stands for so many features",
-        todo=f"use tensor_parallel_size {works[-1]}" if works else "no tensor_parallel_size cuts this layer",
-    )
-
-
-def _works(size: int, context: LayerContext, every: Sequence[Sequence[Param]]) -> bool:
-    """Whether the layer's parameters can be cut over `size` ranks."""
-    partition = replace(context.partition, size=size)
-    output_parts = size if partition.kind == "column" else 1
-    pairs = [pair for members in every for pair in zip(members, context.shards, strict=True)]
-    return all(_divides(m, partition.input_parts, context.input_size) for m, _ in pairs) and all(
-        s.output_size % (output_parts * m.output_step) == 0 for m, s in pairs if m.output_dim is not None
-    )
 
 
 def same_kind(params: Sequence[Param]) -> bool:
@@ -216,6 +99,18 @@ def zero(stored: torch.Tensor) -> str | None:
 def finite(stored: torch.Tensor) -> str | None:
     """ValueCheck of anything else that is multiplied or added: finite."""
     return _described(stored, ~torch.isfinite(stored), "finite")
+
+
+def no_nan(stored: torch.Tensor) -> str | None:
+    """ValueCheck of FP8 codes: no NaN."""
+    bad = int(stored.to(torch.float32).isnan().sum())
+    return f"{bad} of {stored.numel()} values are NaN" if bad else None
+
+
+def no_nan_exponent(stored: torch.Tensor) -> str | None:
+    """ValueCheck of E8M0 exponents: no NaN."""
+    bad = int((stored == E8M0_NAN).sum())
+    return f"{bad} of {stored.numel()} exponents are NaN ({E8M0_NAN})" if bad else None
 
 
 def _described(values: torch.Tensor, bad: torch.Tensor, expected: str) -> str | None:

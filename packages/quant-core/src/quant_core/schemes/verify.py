@@ -1,16 +1,17 @@
 """Comparing what a scheme declares with what the files hold, and with what was loaded.
 
-Both are asked by whoever wires schemes into an engine; a scheme itself only declares.
+Both are asked by whoever wires schemes into an engine; a scheme itself only declares. A layer may be fused from several
+modules, and be one of a stack.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from quant_core.errors import LoadError
 from quant_core.schemes.base import AscendLinearScheme
-from quant_core.schemes.context import LayerContext, StoredForm
 from quant_core.schemes.params import Param, same_kind
+from quant_core.stored import StoredForm
 
 #: Stored beside a quantised weight, but owned by the layer and not by the scheme.
 LAYER_OWNED = frozenset({"bias"})
@@ -67,9 +68,10 @@ def verify_stored(scheme: AscendLinearScheme) -> None:
     context = scheme.context
     linear_params(scheme)
     forms = {form.module: form for form in context.stored} if any(context.stored) else {}
+    sizes = _member_sizes(scheme)
     problems: list[str] = []
     for module, form in forms.items():
-        rows = _rows(scheme, form, [shard.output_size for shard in context.shards if shard.name == module])
+        rows = _rows(form, sizes.get(module, []))
         problems += [*stored_problems(form, scheme.params(context.input_size, rows)), *_bias_problems(form, rows)]
     if problems:
         raise LoadError(
@@ -80,13 +82,22 @@ def verify_stored(scheme: AscendLinearScheme) -> None:
         )
 
 
+def _member_sizes(scheme: AscendLinearScheme) -> dict[str, list[int]]:
+    """The output sizes of the members that are cut from each module; one module may be the source of several."""
+    sizes: dict[str, list[int]] = {}
+    for modules in scheme.context.modules:
+        for module, shard in zip(modules, scheme.context.shards, strict=True):
+            sizes.setdefault(module, []).append(shard.output_size)
+    return sizes
+
+
 def stored_problems(form: StoredForm, declared: dict[str, Param]) -> Iterable[str]:
     """What differs between one module's tensors and the declarations."""
     for suffix, param in declared.items():
         tensor = form.tensors.get(suffix)
         if tensor is None:
             if not param.plain:
-                yield f"{form.module}.{suffix} is absent, expected {_form(param.shape, param.dtype)}"
+                yield f"{form.name_of(suffix)} is absent, expected {_form(param.shape, param.dtype)}"
         elif tensor.shape != param.shape or not param.takes(tensor.dtype):
             yield (
                 f"{tensor.name} in {tensor.file} is {_form(tensor.shape, tensor.dtype)}, "
@@ -97,12 +108,12 @@ def stored_problems(form: StoredForm, declared: dict[str, Param]) -> Iterable[st
         yield f"{tensor.name} in {tensor.file} is not used by this type, and dropping it would change the results"
 
 
-def _rows(scheme: AscendLinearScheme, form: StoredForm, sizes: list[int]) -> int:
+def _rows(form: StoredForm, sizes: list[int]) -> int:
     """The rows that a module must have which is the source of members of these sizes.
 
     It is cut into them, or, if it has the rows of each of them, loaded into each (a model that uses k as v).
     """
-    stored = scheme.stored_sizes(form)
+    stored = form.sizes()
     return sizes[0] if stored is not None and set(sizes) == {stored[1]} else sum(sizes)
 
 
@@ -113,18 +124,25 @@ def _bias_problems(form: StoredForm, rows: int) -> Iterable[str]:
     yield f"{tensor.name} in {tensor.file} is {_form(tensor.shape, tensor.dtype)}, expected {[rows]} of a float dtype"
 
 
-def check_values(context: LayerContext, name: str, param: Param, loaded: torch.Tensor) -> None:
+def check_values(layer: str, names: Sequence[str], param: Param, loaded: torch.Tensor) -> None:
     """Judge loaded values by the declaration's own check.
 
+    Args:
+        layer: the layer's name, for messages.
+        names: the stored tensors that were loaded.
+        param: their declaration.
+        loaded: the values.
+
     Raises:
-        LoadError: names the tensor, how many values are wrong and one of them.
+        LoadError: names the tensors, how many values are wrong and one of them.
 
     """
     complaint = param.check(loaded) if param.check is not None else None
     if complaint:
+        suffix = names[0].rpartition(".")[2]
         raise LoadError(
-            f"{context.name}: {name} cannot be used",
-            where=", ".join(dict.fromkeys(f"{shard.name}.{name}" for shard in context.shards)),
+            f"{layer}: {suffix} cannot be used",
+            where=", ".join(dict.fromkeys(names)),
             found=complaint,
             todo="the checkpoint is damaged or was written by a failed calibration: quantise the model again",
         )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from quant_core import Partition, list_schemes
 from quant_core.schemes.handover import hand_over
-from quant_core.schemes.params import layouts_of, replace_parameter
+from quant_core.schemes.layouts import layouts_of
+from quant_core.schemes.params import replace_parameter
 from quant_core.schemes.verify import linear_params, verify_stored
 
 SIZES, INPUTS = (24, 8, 8), 64
@@ -46,7 +47,7 @@ def test_what_is_declared_is_what_is_stored(case: Any, workbench: Any) -> None:
     for name, params in linear_params(scheme).items():
         for member, param in zip(members, params, strict=True):
             assert param.check is None or param.check(member[name]) is None
-    assert case.scheme.stored_sizes(scheme.context.form) == (INPUTS, SIZES[0])
+    assert scheme.context.form.sizes() == (INPUTS, SIZES[0])
 
 
 @pytest.mark.usefixtures("each_gemm")

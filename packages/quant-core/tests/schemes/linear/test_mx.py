@@ -21,7 +21,7 @@ from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod
 from quant_core.schemes.linear.w4a8_mxfp import AscendW4A8MXFPLinearMethod
 from quant_core.schemes.linear.w8a8_mxfp8 import AscendW8A8MXFP8LinearMethod
 from quant_core.schemes.mx import MXLinearScheme, run_time_weight
-from quant_core.schemes.params import layouts_of
+from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import linear_params
 
 

@@ -14,7 +14,7 @@ from quant_core import LimitError, Partition
 from quant_core.devices import planned_device
 from quant_core.packing import unpack_eights, unpack_pairs
 from quant_core.schemes.linear.w4a16 import AscendW4A16LinearMethod
-from quant_core.schemes.params import layouts_of
+from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import linear_params, verify_stored
 
 INPUTS = 72

@@ -13,7 +13,7 @@ from torch import Tensor
 from quant_core import LimitError, Partition
 from quant_core.devices import planned_device
 from quant_core.schemes.linear.w4a4_mxfp4_dualscale import AscendW4A4MXFP4DualScaleLinearMethod as Scheme
-from quant_core.schemes.params import layouts_of
+from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import linear_params
 
 # Input features and groups: of the operator's 512, fewer than that in one, and others.

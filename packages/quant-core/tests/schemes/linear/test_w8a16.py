@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import LimitError, Partition
 from quant_core.schemes.linear.w8a16 import AscendW8A16LinearMethod
-from quant_core.schemes.params import layouts_of
+from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import linear_params
 
 INPUTS = 64

@@ -1,7 +1,7 @@
 """Additions: what a checkpoint may store beside the tensors of a linear layer, whatever the layer's type.
 
 A rotation turns the input before the scheme sees it, a low-rank part is added to what the scheme answers. Each is a
-class of this package, which takes part wherever the files hold its tensors.
+class of this package, which takes part wherever a format states it (`StoredForm.transforms`).
 """
 
 from abc import ABC
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from quant_core.schemes.context import LayerContext, StoredForm
+from quant_core.schemes.context import LinearContext
 from quant_core.schemes.params import Param, replace_parameter, tensor_of
 
 
@@ -17,23 +17,20 @@ class Addition(ABC):
     """One addition to one layer.
 
     Attributes:
-        suffixes: the tensors that it stores, all of them in every module that has one.
+        name: what formats call it.
+        suffixes: the tensors that it stores, all of them in every module that has it.
         context: the layer.
 
     """
 
+    name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
 
-    def __init__(self, context: LayerContext) -> None:
+    def __init__(self, context: LinearContext) -> None:
         self.context = context
 
     @classmethod
-    def belongs(cls, form: StoredForm) -> bool:
-        """Whether a module stores any of its tensors."""
-        return any(form.has(suffix) for suffix in cls.suffixes)
-
-    @classmethod
-    def can_serve(cls, context: LayerContext) -> list[str]:
+    def can_serve(cls, context: LinearContext) -> list[str]:
         """Reasons why it cannot be applied to this layer; empty when it can."""
         return []
 
@@ -53,3 +50,11 @@ class Addition(ABC):
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The output [..., out] for the layer's own input x, given the scheme's output."""
         return y
+
+    def turned_back(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """The weight [out, in] for the input as it comes, given the one for the input as the scheme sees it."""
+        return weight
+
+    def completed(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """The weight [out, in] with what is added to the scheme's output."""
+        return weight

@@ -4,19 +4,22 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.schemes.additions.base import Addition
-from quant_core.schemes.context import LayerContext
+from quant_core.schemes.context import LinearContext
 from quant_core.schemes.params import Param, finite, tensor_of
 
 
 class LowRank(Addition):
     """y' = y + (x · svd_lowrank_l1ᵀ) · svd_lowrank_l2ᵀ, with l1 [rank, in] and l2 [out, rank]."""
 
+    name = "low_rank"
     suffixes = ("svd_lowrank_l1", "svd_lowrank_l2")
 
     @classmethod
-    def can_serve(cls, context: LayerContext) -> list[str]:
+    def can_serve(cls, context: LinearContext) -> list[str]:
         """Two factors of one rank."""
         first, second = (context.form.shape(suffix, ()) for suffix in cls.suffixes)
+        if not all(context.form.has(suffix) for suffix in cls.suffixes):
+            return []  # what is absent is said with its name, like any other tensor
         if len(first) == 2 and len(second) == 2 and first[0] == second[1]:
             return []
         return [f"svd_lowrank_l1 {list(first)} and svd_lowrank_l2 {list(second)} are not [rank, in] and [out, rank]"]
@@ -35,7 +38,17 @@ class LowRank(Addition):
         """On a row-parallel layer each rank adds the part of its input features; the sum over ranks is whole."""
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ tensor_of(layer, "svd_lowrank_l1").t()
-        sizes = [shard.local_output_size for shard in self.context.shards]
-        factors = tensor_of(layer, "svd_lowrank_l2").split(sizes)
+        factors = self._factors(layer)
         parts = [part @ l2.t() for part, l2 in zip(inner.chunk(len(factors), -1), factors, strict=True)]
         return y + torch.cat(parts, dim=-1).view(y.shape)
+
+    def completed(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """W + l2 · l1, member by member."""
+        factors = [l2.to(weight.dtype) for l2 in self._factors(layer)]
+        inner = tensor_of(layer, "svd_lowrank_l1").to(weight.dtype).chunk(len(factors))
+        return weight + torch.cat([l2 @ l1 for l2, l1 in zip(factors, inner, strict=True)])
+
+    def _factors(self, layer: nn.Module) -> tuple[Tensor, ...]:
+        """l2 of each member."""
+        sizes = [shard.local_output_size for shard in self.context.shards]
+        return tensor_of(layer, "svd_lowrank_l2").split(sizes)

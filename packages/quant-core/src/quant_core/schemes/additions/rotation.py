@@ -7,7 +7,7 @@ spread (formats/modelslim.md, section 6).
 from torch import Tensor, nn
 
 from quant_core.schemes.additions.base import Addition
-from quant_core.schemes.context import LayerContext
+from quant_core.schemes.context import LinearContext
 from quant_core.schemes.params import Param, finite, tensor_of
 
 
@@ -15,7 +15,7 @@ class Rotation(Addition):
     """What both rotations have in common: square matrices that mix features of all tensor-parallel ranks."""
 
     @classmethod
-    def can_serve(cls, context: LayerContext) -> list[str]:
+    def can_serve(cls, context: LinearContext) -> list[str]:
         """Whole, and of matrices that fit the input."""
         reasons = []
         sizes = [context.form.shape(suffix, ()) for suffix in cls.suffixes]
@@ -51,6 +51,7 @@ class Rotation(Addition):
 class HeadsRotation(Rotation):
     """x' = heads_rotationᵀ · X, with x as X [heads, head size]."""
 
+    name = "heads_rotation"
     suffixes = ("heads_rotation",)
 
     @staticmethod
@@ -64,10 +65,16 @@ class HeadsRotation(Rotation):
         heads = x.reshape(-1, rotation.shape[0], x.shape[-1] // rotation.shape[0])
         return (rotation.t() @ heads).reshape(x.shape)
 
+    def turned_back(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """heads_rotation · W for each output feature's W [heads, head size]."""
+        rotation = tensor_of(layer, "heads_rotation").to(weight.dtype)
+        return (rotation @ weight.unflatten(1, (rotation.shape[0], -1))).flatten(1)
+
 
 class KroneckerRotation(Rotation):
     """x' = kronecker_rotation_mᵀ · X · kronecker_rotation_n, with x as X [M, N]."""
 
+    name = "kronecker_rotation"
     suffixes = ("kronecker_rotation_m", "kronecker_rotation_n")
 
     @staticmethod
@@ -80,3 +87,8 @@ class KroneckerRotation(Rotation):
         left, right = tensor_of(layer, "kronecker_rotation_m"), tensor_of(layer, "kronecker_rotation_n")
         matrix = x.reshape(-1, left.shape[0], right.shape[0])
         return (left.t() @ matrix @ right).reshape(x.shape)
+
+    def turned_back(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """kronecker_rotation_m · W · kronecker_rotation_nᵀ for each output feature's W [M, N]."""
+        left, right = (tensor_of(layer, name).to(weight.dtype) for name in self.suffixes)
+        return (left @ weight.unflatten(1, (left.shape[0], right.shape[0])) @ right.t()).flatten(1)

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from quant_core.errors import LimitError
 from quant_core.schemes.base import AscendLinearScheme
-from quant_core.schemes.context import LayerContext
+from quant_core.schemes.context import LayerContext, LinearContext
 from quant_core.schemes.flatquant import (
     get_decompose_dim,
+    identity_transform,
     matrices_of,
     process_transform,
     transform_params,
@@ -15,10 +16,10 @@ from quant_core.schemes.flatquant import (
     transform_sizes,
     turned_back,
 )
-from quant_core.schemes.groups import scale_params
-from quant_core.schemes.int8 import int8_codes, symmetric_scale
-from quant_core.schemes.params import Param, float_values, int4, replace_parameter, tensor_of
+from quant_core.schemes.params import Param, float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.run_time import drop
+from quant_core.stored import ActivationForm, WeightForm
 
 __all__ = [
     "AscendW4A4FlatQuantDynamicLinearMethod",
@@ -99,10 +100,7 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
 
     x_scale = max|X'| · clip_ratio / 7 per token, and codes saturate at -8 and 7.
 
-    Stored, with L · R = in:
-        weight: int8 [out, in], values from -8 to 7
-        weight_scale: float [out, 1]
-        weight_offset: float [out, 1], zero
+    Stored beside the weight, with L · R = in:
         left_trans: float [L, L]
         right_trans: float [R, R], absent where it is the identity
         clip_ratio: float [1], of each member of a fused layer its own
@@ -117,6 +115,8 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
     granularity = ("per channel",)
     checked_against = {"W4A4_FLATQUANT_DYNAMIC": ("qwen3/W4A4_FLATQUANT_DYNAMIC",)}
     supported_devices = ("910B", "910C", "950", "cpu")
+    stores = WeightForm(num_bits=4)
+    activation = ActivationForm(num_bits=4)
 
     _ratios: tuple[float, ...]
     _runs: tuple[tuple[float, int, int], ...]
@@ -124,6 +124,7 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
         """Sizes that int4 and the transform allow, and no rotation across tensor-parallel ranks."""
+        assert isinstance(context, LinearContext)
         reasons = super().can_serve(context)
         if context.input_size % 8:
             return [*reasons, f"{context.input_size} input features are not a multiple of 8, as int4 packing wants"]
@@ -136,23 +137,9 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
                 unfit = [f"right_trans of {right} is not a multiple of 8, as int4 packing wants"]
         return reasons + unfit
 
-    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight`.
-
-        Raises:
-            LimitError: for an input size that is not a multiple of 8.
-
-        """
-        _whole_packs(input_size)
-        return {"weight": Param((output_size, input_size), torch.int8, output_dim=0, input_dim=1, check=int4, dummy=0)}
-
     def get_pertensor_param(self, params_dtype: torch.dtype) -> dict[str, Param]:
         """`left_trans`, `right_trans` and `clip_ratio`."""
         return transform_params(self.context)
-
-    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight_scale` and `weight_offset`."""
-        return scale_params(self.context.form, input_size, output_size)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack the weight, transpose left_trans, take clip ratios off the layer, drop the offset, which is zero.
@@ -166,8 +153,7 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         replace_parameter(layer, "weight", pack_int4_weights(layer.get_parameter("weight").data))
         replace_parameter(layer, "weight_scale", float_values(layer.get_parameter("weight_scale").data).flatten())
         process_transform(layer, self.context)
-        if hasattr(layer, "weight_offset"):
-            del layer.weight_offset
+        drop(layer, "weight_offset")
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Transform and quantise once per distinct clip ratio, then multiply with the rows of the members that have it.
@@ -198,17 +184,12 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def dequantize(self, layer: nn.Module) -> Tensor:
-        """Weight times scale, turned back: left_trans · W · right_transᵀ for each output feature's W [L, R]."""
-        weight = layer.get_parameter("weight").to(torch.float32) * float_values(layer.get_parameter("weight_scale"))
-        return turned_back(layer, weight)
+        """The stored weight, turned back: left_trans · W · right_transᵀ for each output feature's W [L, R]."""
+        return turned_back(layer, super().dequantize(layer))
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The largest magnitude of a channel becomes 7; without calibration the transform is the identity."""
-        scale = symmetric_scale(weight, 7)
-        stored = {"weight": int8_codes(weight, scale), "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
-        for name, param in transform_params(self.context).items():
-            stored[name] = torch.eye(param.shape[0], dtype=param.dtype) if len(param.shape) == 2 else torch.ones(1)
-        return stored
+        return super().quantize(weight) | identity_transform(self.context)
 
     def _remember(self, ratios: tuple[float, ...]) -> None:
         """Keep each member's clip ratio with its rows; neighbours of one ratio are one run."""

@@ -3,7 +3,7 @@
 W4A4_MXFP4_SVD stores the same; its low-rank part is an addition.
 """
 
-from quant_core.schemes.mx import TO_FP4, MXLinearScheme
+from quant_core.schemes.mx import MXFP4, TO_FP4, TOKENS_MXFP4, MXLinearScheme
 from quant_core.schemes.registry import register_scheme
 
 
@@ -11,10 +11,6 @@ from quant_core.schemes.registry import register_scheme
 @register_scheme("W4A4_MXFP4_SVD", "linear")
 class AscendW4A4MXFP4LinearMethod(MXLinearScheme):
     """Activations: exponent floor(log2(max)) - 2 per block, elements to the nearest E2M1, ties away from zero, up to 6.
-
-    Stored:
-        weight: uint8 [out, in / 2], two E2M1 values to a byte, the first in its lower half
-        weight_scale: uint8 [out, ceil(in / 32)], exponents
 
     Run time, both as views of contiguous tensors [out, ...]:
         weight: uint8 [in / 2, out]; on CPU: int8 [in, out] with twice the values, one byte each
@@ -26,5 +22,6 @@ class AscendW4A4MXFP4LinearMethod(MXLinearScheme):
         "W4A4_MXFP4": ("qwen3/W4A4_MXFP4",),
         "W4A4_MXFP4_SVD": ("qwen3/W4A4_MXFP4_SVD",),
     }
-    weight_fp4 = True
+    stores = MXFP4
+    activation = TOKENS_MXFP4
     quantisation = TO_FP4

@@ -1,21 +1,15 @@
 """W4A4_MXFP4_DUALSCALE: FP4 weights and activations with a float scale per group above the powers of two per 32."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from quant_core import microscaling as mx
-from quant_core.schemes.context import LayerContext
-from quant_core.schemes.int8 import FRACTAL_NZ
-from quant_core.schemes.mx import (
-    TO_FP4,
-    MXLinearScheme,
-    mx_multiply,
-    mx_weight_values,
-    quantise_mx_weight,
-    run_time_weight,
-)
-from quant_core.schemes.params import Param, positive, replace_parameter, tensor_of
+from quant_core.schemes.mx import MXFP4, TO_FP4, TOKENS_MXFP4, MXLinearScheme, mx_multiply, run_time_weight
+from quant_core.schemes.params import replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.run_time import FRACTAL_NZ
 
 #: Input features of a group, where the operators that have both levels can be used.
 _OPERATOR_GROUP = 512
@@ -27,12 +21,7 @@ class AscendW4A4MXFP4DualScaleLinearMethod(MXLinearScheme):
 
     Activations are divided by x_dual_scale = max|x| / 6 per group and token, then quantised as in W4A4_MXFP4.
 
-    Stored, with g groups of input features:
-        weight: uint8 [out, in / 2], two E2M1 values to a byte, the first in its lower half
-        weight_scale: uint8 [out, ceil(in / 32)], exponents
-        weight_dual_scale: float [out, g, 1]
-
-    Run time, for groups of 512, and for one group of fewer:
+    Run time, with g groups of input features, for groups of 512, and for one group of fewer:
         weight: int8 [out, in / 2], in the device's layout; on CPU: int8 [out, in] with twice the values, one byte each
         weight_scale: uint8 [out, ceil(in / 64), 2]
         weight_dual_scale: float32 [g, out]
@@ -44,36 +33,13 @@ class AscendW4A4MXFP4DualScaleLinearMethod(MXLinearScheme):
 
     granularity = ("blocks of 32 and 512",)
     checked_against = {"W4A4_MXFP4_DUALSCALE": ("qwen3/W4A4_MXFP4_DUALSCALE",)}
-    weight_fp4 = True
+    stores = replace(MXFP4, outer="group", outer_group_size=_OPERATOR_GROUP)
+    activation = TOKENS_MXFP4
     quantisation = TO_FP4
-
-    @classmethod
-    def can_serve(cls, context: LayerContext) -> list[str]:
-        """Equal groups of whole pairs of blocks."""
-        reasons, groups = super().can_serve(context), _groups_of(context)
-        if groups < 1 or context.input_size % groups:
-            reasons.append(f"{context.input_size} input features cannot be cut into {groups} equal groups")
-        elif groups > 1 and (length := context.input_size // groups) % (2 * mx.BLOCK):
-            reasons.append(f"groups of {length} input features are no multiple of {2 * mx.BLOCK}")
-        return reasons
-
-    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight_scale` and `weight_dual_scale`."""
-        params, groups = super().get_pergroup_param(input_size, output_size, params_dtype), _groups_of(self.context)
-        params["weight_dual_scale"] = Param(
-            (output_size, groups, 1),
-            self.context.form.float_dtype("weight_dual_scale"),
-            output_dim=0,
-            input_dim=1,
-            input_step=input_size // groups,
-            check=positive,
-            dummy=1.0,
-        )
-        return params
 
     @property
     def _one_operator(self) -> bool:
-        groups = _groups_of(self.context)
+        groups = self.storage.outer_groups(self.context.input_size)
         length = self.context.input_size // groups
         return length == _OPERATOR_GROUP or (groups == 1 and length < _OPERATOR_GROUP)
 
@@ -134,23 +100,3 @@ class AscendW4A4MXFP4DualScaleLinearMethod(MXLinearScheme):
             )
             total = total + y * level0[:, group, None] * factors[group]
         return total
-
-    def dequantize(self, layer: nn.Module) -> Tensor:
-        """Elements times both scales."""
-        weight = mx_weight_values(layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data)
-        dual = layer.get_parameter("weight_dual_scale").data.squeeze(-1).to(torch.float32)
-        return weight * dual.repeat_interleave(weight.shape[1] // dual.shape[1], dim=1)
-
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """The largest magnitude of a group becomes 6, then as W4A4_MXFP4."""
-        groups = weight.to(torch.float32).unflatten(1, (_groups_of(self.context), -1))
-        dual = groups.abs().amax(-1, keepdim=True) / mx.E2M1_MAX
-        dual = torch.where(dual > 0, dual, torch.ones_like(dual))
-        return {**quantise_mx_weight((groups / dual).flatten(1), fp4=True), "weight_dual_scale": dual}
-
-
-def _groups_of(context: LayerContext) -> int:
-    """How many groups the input features form; without files as many as the operators want."""
-    k = context.input_size
-    usual = (0, k // _OPERATOR_GROUP if k % _OPERATOR_GROUP == 0 else 1, 1)
-    return context.form.shape("weight_dual_scale", usual)[1]

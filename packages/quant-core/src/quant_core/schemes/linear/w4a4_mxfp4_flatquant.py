@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.ops.dtypes import FLOAT4_E2M1
-from quant_core.schemes.context import LayerContext
+from quant_core.schemes.context import LayerContext, LinearContext
 from quant_core.schemes.flatquant import (
+    identity_transform,
     matrices_of,
     process_transform,
     transform_params,
@@ -13,7 +14,7 @@ from quant_core.schemes.flatquant import (
     transform_sizes,
     turned_back,
 )
-from quant_core.schemes.mx import TO_FP4, MXLinearScheme, mx_multiply
+from quant_core.schemes.mx import MXFP4, TO_FP4, TOKENS_MXFP4, MXLinearScheme, mx_multiply
 from quant_core.schemes.params import Param, tensor_of
 from quant_core.schemes.registry import register_scheme
 
@@ -25,9 +26,7 @@ _LARGEST = 256
 class AscendW4A4MXFP4FlatQuantLinearMethod(MXLinearScheme):
     """W4A4_MXFP4 of X' = left_transᵀ · X · right_trans, with x as X [L, R]; here ties go to even.
 
-    Stored, with L · R = in:
-        weight: uint8 [out, in / 2], two E2M1 values to a byte, the first in its lower half
-        weight_scale: uint8 [out, ceil(in / 32)], exponents
+    Stored beside the weight, with L · R = in:
         left_trans: float [L, L]
         right_trans: float [R, R], absent where it is the identity
         clip_ratio: float [1], without effect: the operator clips nothing for FP4
@@ -42,12 +41,14 @@ class AscendW4A4MXFP4FlatQuantLinearMethod(MXLinearScheme):
 
     granularity = ("blocks of 32",)
     checked_against = {"W4A4_MXFP4_FLATQUANT": ("qwen3/W4A4_MXFP4_FLATQUANT",)}
-    weight_fp4 = True
+    stores = MXFP4
+    activation = TOKENS_MXFP4
     quantisation = TO_FP4
 
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
         """Sizes that FP4 and the transform allow, and no rotation across tensor-parallel ranks."""
+        assert isinstance(context, LinearContext)
         unfit = transform_reasons(context)
         if not unfit and (max(transform_sizes(context)) > _LARGEST or transform_sizes(context)[1] % 2):
             unfit = [f"the operator takes sizes of up to {_LARGEST}, the second even, not {transform_sizes(context)}"]
@@ -83,7 +84,4 @@ class AscendW4A4MXFP4FlatQuantLinearMethod(MXLinearScheme):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """As W4A4_MXFP4; without calibration the transform is the identity."""
-        stored = super().quantize(weight)
-        for name, param in transform_params(self.context).items():
-            stored[name] = torch.eye(param.shape[0], dtype=param.dtype) if len(param.shape) == 2 else torch.ones(1)
-        return stored
+        return super().quantize(weight) | identity_transform(self.context)

@@ -7,19 +7,15 @@ from torch import nn
 
 from quant_core import microscaling as mx
 from quant_core.ops.dtypes import FLOAT4_E2M1
-from quant_core.schemes.int8 import FRACTAL_NZ
-from quant_core.schemes.mx import TO_FP8, MXLinearScheme
+from quant_core.schemes.mx import MXFP4, TO_FP8, TOKENS_MXFP8, MXLinearScheme
 from quant_core.schemes.params import replace_parameter
 from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.run_time import FRACTAL_NZ
 
 
 @register_scheme("W4A8_MXFP", "linear")
 class AscendW4A8MXFPLinearMethod(MXLinearScheme):
     """Activations: exponent floor(log2(max)) - 8 per block, elements to the nearest E4M3, ties to even, up to 448.
-
-    Stored:
-        weight: uint8 [out, in / 2], two E2M1 values to a byte, the first in its lower half
-        weight_scale: uint8 [out, ceil(in / 32)], exponents
 
     Run time, both as views of contiguous tensors [out, ...]:
         weight: uint8 [in / 2, out], in the layout that the device has for FP4 beside FP8; on CPU: int8 [in, out] with
@@ -29,7 +25,8 @@ class AscendW4A8MXFPLinearMethod(MXLinearScheme):
 
     granularity = ("blocks of 32",)
     checked_against = {"W4A8_MXFP": ("qwen3/W4A8_MXFP",)}
-    weight_fp4 = True
+    stores = MXFP4
+    activation = TOKENS_MXFP8
     quantisation = TO_FP8
     group_sizes: ClassVar[list[int]] = [0, 0, mx.BLOCK]
     # For these operands it wants one of two axes, in a dtype that is not documented.

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from quant_core.errors import LimitError, LoadError
 from quant_core.schemes.base import AscendLinearScheme
-from quant_core.schemes.int8 import int8_weight, transpose_weight
-from quant_core.schemes.params import Param, float_values, integral_int8, positive, replace_parameter, tensor_of
+from quant_core.schemes.params import float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.run_time import drop, process_int8_weight
+from quant_core.storage import StaticStorage, tensors_of
+from quant_core.stored import ActivationForm, WeightForm
 
 #: What msModelSlim writes into quant_bias of some float16 models, where b / deq_scale overflows in float16.
 _OVERFLOWED = -(2**31)
@@ -22,13 +24,6 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
     """y = (a qᵀ + quant_bias) · deq_scale, a = clamp(rint(x / input_scale + input_offset), -128, 127).
 
     `quant_bias` holds both the zero point's correction and the layer's bias, so the bias is not added again.
-
-    Stored:
-        weight: int8 [out, in]
-        input_scale, input_offset: float [1]
-        deq_scale: float32 [out], or int64 [out] holding its bits
-        quant_bias: int32 [out]
-        weight_scale, weight_offset: float [out, 1], by some writers; deq_scale has them already
 
     Run time, with g runs of members that share an input scale (1, where calibration saw q, k and v together):
         weight: int8 [in, out]
@@ -51,33 +46,9 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
     }
     folds_bias = True
 
-    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight`."""
-        return int8_weight(input_size, output_size)
-
-    def get_pertensor_param(self, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`input_scale` and `input_offset`, in the dtype they are stored in: rounding the scale is a gain error."""
-        form = self.context.form
-        offset_dtype = form.dtype("input_offset", torch.float32)
-        if offset_dtype != torch.int8:
-            offset_dtype = form.float_dtype("input_offset")
-        return {
-            "input_scale": Param((1,), form.float_dtype("input_scale"), check=positive, dummy=1.0),
-            "input_offset": Param((1,), offset_dtype, check=integral_int8, dummy=0.0),
-        }
-
-    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`deq_scale` and `quant_bias`, and what older writers store beside them."""
-        form = self.context.form
-        deq_dtype = torch.int64 if form.dtype("deq_scale", torch.float32) == torch.int64 else torch.float32
-        params = {
-            "deq_scale": Param((output_size,), deq_dtype, output_dim=0, check=positive, dummy=1.0),
-            "quant_bias": Param((output_size,), torch.int32, output_dim=0, dummy=0.0),
-        }
-        for name in ("weight_scale", "weight_offset"):
-            if form.has(name):
-                params[name] = Param((output_size, 1), form.float_dtype(name), output_dim=0, dummy=0.0)
-        return params
+    stores = WeightForm()
+    activation = ActivationForm(dynamic=False, strategy="tensor", symmetric=False)
+    storage_class = StaticStorage
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose the weight, merge equal input scales, encode the output scale, keep the bias on one rank.
@@ -87,7 +58,7 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
 
         """
         replace_parameter(layer, "quant_bias", self._quant_bias(layer))
-        transpose_weight(layer)
+        process_int8_weight(layer, layer.get_parameter("weight").data)
         scales = float_values(layer.get_parameter("input_scale").data)
         offsets = layer.get_parameter("input_offset").data.to(torch.float32)
         firsts = self._first_members(scales, offsets)
@@ -97,9 +68,7 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         if self.context.params_dtype == torch.float16:
             deq_scale = torch.ops.npu.npu_trans_quant_param(deq_scale)
         replace_parameter(layer, "deq_scale", deq_scale)
-        for name in ("weight_scale", "weight_offset"):
-            if hasattr(layer, name):
-                delattr(layer, name)
+        drop(layer, "weight_scale", "weight_offset")
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply; once per distinct input scale."""
@@ -122,12 +91,11 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     def dequantize(self, layer: nn.Module) -> Tensor:
-        """Weight times deq_scale / input_scale."""
-        input_scale = float_values(layer.get_parameter("input_scale"))
-        if len(input_scale) > 1:
-            input_scale = self._per_row(input_scale)
-        scale = float_values(layer.get_parameter("deq_scale")) / input_scale
-        return layer.get_parameter("weight").to(torch.float32) * scale[:, None]
+        """Weight times deq_scale / input_scale, of which each member may have its own."""
+        stored = dict(tensors_of(layer))
+        if len(stored["input_scale"]) > 1:
+            stored["input_scale"] = self._per_row(stored["input_scale"])
+        return self.storage.dequantize(stored)
 
     def _quant_bias(self, layer: nn.Module) -> Tensor:
         """`quant_bias` as this rank adds it: a row-parallel layer's belongs to the sum over all ranks, once."""

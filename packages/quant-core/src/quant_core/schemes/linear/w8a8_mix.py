@@ -2,7 +2,6 @@
 
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from quant_core.schemes.base import AscendLinearScheme
@@ -11,17 +10,19 @@ from quant_core.schemes.linear.w8a8 import AscendW8A8LinearMethod
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
 from quant_core.schemes.params import Param
 from quant_core.schemes.registry import register_scheme
+from quant_core.stored import ActivationForm, WeightForm
 
 
 @register_scheme("W8A8_MIX", "linear")
 class AscendW8A8MixLinearMethod(AscendLinearScheme):
     """Static on an instance that only decodes, dynamic elsewhere: prefill gains most from scales per token.
 
-    Stored: what both types store.
-    Run time: what the one of them keeps that serves here.
+    Run time: what the one of both types keeps that serves here.
     """
 
     granularity = ("per channel",)
+    stores = WeightForm()
+    activation = ActivationForm(dynamic=False, strategy="tensor", symmetric=False)
 
     @classmethod
     def create(cls, context: LayerContext) -> Self:
@@ -43,21 +44,9 @@ class AscendW8A8MixLinearMethod(AscendLinearScheme):
         """As the type that serves."""
         return self._serving.folds_bias
 
-    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight`, of which there is one."""
-        return self._dynamic.get_weight(input_size, output_size, params_dtype)
-
-    def get_pertensor_param(self, params_dtype: torch.dtype) -> dict[str, Param]:
-        """Those of W8A8."""
-        return self._static.get_pertensor_param(params_dtype)
-
-    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """Those of W8A8."""
-        return self._static.get_perchannel_param(output_size, params_dtype)
-
-    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """Those of W8A8_DYNAMIC, whose scales are per channel here."""
-        return self._dynamic.get_pergroup_param(input_size, output_size, params_dtype)
+    def params(self, input_size: int, output_size: int) -> dict[str, Param]:
+        """Those of both types; what only W8A8_DYNAMIC needs is stored by all writers of this one."""
+        return self._static.params(input_size, output_size) | self._dynamic.params(input_size, output_size)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Drop what the other type alone needs, then process as the one that serves."""
@@ -73,3 +62,7 @@ class AscendW8A8MixLinearMethod(AscendLinearScheme):
     def dequantize(self, layer: nn.Module) -> Tensor:
         """As W8A8_DYNAMIC."""
         return self._dynamic.dequantize(layer)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Only calibration finds what W8A8 stores."""
+        return self._static.quantize(weight)

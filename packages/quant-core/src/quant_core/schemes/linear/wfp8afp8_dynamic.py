@@ -7,25 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.schemes.base import AscendLinearScheme
-from quant_core.schemes.groups import scale_params
-from quant_core.schemes.int8 import symmetric_scale
-from quant_core.schemes.mx import MX_DEVICES, fp8_weight, run_time_weight
-from quant_core.schemes.params import Param, float_values, replace_parameter, tensor_of
+from quant_core.schemes.mx import MX_DEVICES, run_time_weight
+from quant_core.schemes.params import float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.run_time import drop
 from quant_core.schemes.tokens import token_scale
-
-_LARGEST = 448.0
+from quant_core.storage.fp8 import LARGEST
+from quant_core.stored import ActivationForm, WeightForm
 
 
 @register_scheme("WFP8AFP8_DYNAMIC", "linear")
 @register_scheme("W8A8FP8_DYNAMIC", "linear")
 class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
     """y = (a qᵀ) · x_scale · weight_scale + bias, a = E4M3(x / x_scale), x_scale = max|x| / 448 per token.
-
-    Stored:
-        weight: float8_e4m3fn [out, in]
-        weight_scale: float [out, 1]
-        weight_offset: float [out, 1], zero
 
     Run time:
         weight: float8_e4m3fn [in, out], a view of what is stored; on CPU: bfloat16 [in, out], twice the memory
@@ -36,20 +30,14 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
     checked_against = {"WFP8AFP8_DYNAMIC": ("qwen3/WFP8AFP8_DYNAMIC",)}
     supported_devices = MX_DEVICES
 
-    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight`."""
-        return {"weight": fp8_weight(input_size, output_size)}
-
-    def get_pergroup_param(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """`weight_scale` and `weight_offset`."""
-        return scale_params(self.context.form, input_size, output_size)
+    stores = WeightForm(type="float")
+    activation = ActivationForm(type="float")
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose the weight, drop the offset, which is zero."""
         replace_parameter(layer, "weight", run_time_weight(layer.get_parameter("weight").data).t())
         replace_parameter(layer, "weight_scale", float_values(layer.get_parameter("weight_scale").data).flatten())
-        if hasattr(layer, "weight_offset"):
-            del layer.weight_offset
+        drop(layer, "weight_offset")
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply."""
@@ -69,16 +57,6 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
         if partition.max_over_ranks is None:
             codes, scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.float8_e4m3fn)
             return codes, scale
-        scale = token_scale(rows, _LARGEST, partition)
+        scale = token_scale(rows, LARGEST, partition)
         quotients = rows.to(torch.float32) / scale[:, None]
-        return quotients.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
-
-    def dequantize(self, layer: nn.Module) -> Tensor:
-        """Weight times scale."""
-        return layer.get_parameter("weight").to(torch.float32) * float_values(layer.get_parameter("weight_scale"))
-
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Symmetric: the largest magnitude of a channel becomes 448."""
-        scale = symmetric_scale(weight, int(_LARGEST))
-        codes = (weight.to(torch.float32) / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
-        return {"weight": codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+        return quotients.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale

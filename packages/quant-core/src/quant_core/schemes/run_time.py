@@ -1,0 +1,66 @@
+"""The form in which integer weights go to the operators, shared by the types that multiply by them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.devices import current_device
+from quant_core.packing import pack_eights
+from quant_core.schemes.context import LinearContext
+from quant_core.schemes.params import replace_parameter
+
+#: The storage layout that matrix units read fastest.
+FRACTAL_NZ = 29
+
+
+def process_int8_weight(layer: nn.Module, codes: Tensor) -> None:
+    """[out, in] becomes `weight` [in, out], as the matmul operators take it, in the device's layout."""
+    weight = codes.t()
+    if weight.device.type != "cpu":  # which has no other layout: a copy would take memory and time for nothing
+        weight = torch.ops.npu.npu_format_cast(weight, FRACTAL_NZ)
+    replace_parameter(layer, "weight", weight)
+
+
+def process_int4_weight(layer: nn.Module, codes: Tensor, packed: bool) -> None:
+    """`weight` with eight output features to an int32 [in, out / 8], or int8 [in, out].
+
+    The packed one is not cast to the NZ layout, which not all operators take.
+    """
+    if packed:
+        replace_parameter(layer, "weight", pack_eights(codes.t()))
+    else:
+        process_int8_weight(layer, codes)
+
+
+def packed_at_run_time(context: LinearContext, devices: Sequence[str]) -> bool:
+    """Whether a layer's weight goes to its operator as int4, which these devices take.
+
+    On CPU it goes as int8, by the same operators' int8 form: unpacking at each call takes several times as long as the
+    product for one token.
+    """
+    outputs = sum(shard.local_output_size for shard in context.shards)
+    return current_device() in devices and outputs % 8 == 0
+
+
+def drop(layer: nn.Module, *names: str) -> None:
+    """Take stored tensors off a layer that does not compute with them."""
+    for name in names:
+        if hasattr(layer, name):
+            delattr(layer, name)
+
+
+def sum_of_groups(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """int8 [m, k] times int8 [k, n] with a scale per group [g, n], float32 [m, n].
+
+    No operator multiplies int8 by int8 in groups, so the int32 sums of each are scaled here.
+    """
+    length = weight.shape[0] // scale.shape[0]
+    total = torch.zeros(codes.shape[0], weight.shape[1], dtype=torch.float32, device=codes.device)
+    for group in range(scale.shape[0]):
+        part = slice(group * length, (group + 1) * length)
+        sums = torch.ops.npu.npu_quant_matmul(
+            codes[:, part].contiguous(), weight[part], scale[group], output_dtype=torch.int32
+        )
+        total += sums * scale[group]
+    return total

@@ -1,0 +1,169 @@
+"""How one checkpoint module is stored: what a format states about it, and what the files' headers say.
+
+The words are those of compressed-tensors where it has one (`num_bits`, `type`, `strategy`, `group_size`, `symmetric`).
+In every format a weight is (q - offset) · scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+
+Strategy = Literal["tensor", "channel", "group", "block", "token"]
+
+
+class StoredTensor(NamedTuple):
+    """What a file's header says of one tensor. A tuple, because large models have a hundred thousand."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Several values in one element of the stored tensor: the first in its lowest bits.
+
+    Attributes:
+        axis: of the weight [out, in], along which neighbours share an element.
+        values: in one element.
+        signed: two's complement; otherwise offset binary, a value plus half of the range.
+
+    """
+
+    axis: Literal[0, 1]
+    values: int = 2
+    signed: bool = True
+
+    def container(self, num_bits: int) -> torch.dtype:
+        """The dtype of an element that holds so many values of so many bits."""
+        return {8: torch.int8, 32: torch.int32}[self.values * num_bits]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightForm:
+    """How a weight is stored, in words; a format states it, a scheme never finds out from shapes.
+
+    Attributes:
+        num_bits: of one value.
+        type: of one value.
+        strategy: what shares a scale: all, an output channel, a group of a channel's input features, a block.
+        group_size: input features that share a scale, for the strategy `group`.
+        block_structure: output and input features that share a scale, for the strategy `block`.
+        symmetric: offsets are zero or absent.
+        packing: several values in one element; None for one.
+        offset_packing: the same of the offsets (zero points).
+        scale_dtype: torch.uint8 where a scale is the exponent of a power of two (MX); None for a number.
+        outer: what shares a second scale, by which those above are multiplied: a channel (`weight_channel_scale`), or
+            a longer group (`weight_dual_scale`).
+        outer_group_size: input features of the longer group.
+
+    """
+
+    num_bits: int = 8
+    type: Literal["int", "float"] = "int"
+    strategy: Strategy = "channel"
+    group_size: int | None = None
+    block_structure: tuple[int, int] | None = None
+    symmetric: bool = True
+    packing: Packing | None = None
+    offset_packing: Packing | None = None
+    scale_dtype: torch.dtype | None = None
+    outer: Literal["channel", "group"] | None = None
+    outer_group_size: int | None = None
+
+    def steps(self) -> tuple[int, int]:
+        """Output and input features that one element of the stored weight holds."""
+        values = 1 if self.packing is None else self.packing.values
+        axis = None if self.packing is None else self.packing.axis
+        return (values if axis == 0 else 1, values if axis == 1 else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationForm:
+    """How a layer's input is quantised.
+
+    Attributes:
+        num_bits: of one value.
+        type: of one value.
+        dynamic: scales are found at run time; otherwise they are stored.
+        strategy: what shares a scale.
+        group_size: input features that share a scale, for the strategy `group`.
+        symmetric: without a zero point.
+
+    """
+
+    num_bits: int = 8
+    type: Literal["int", "float"] = "int"
+    dynamic: bool = True
+    strategy: Strategy = "token"
+    group_size: int | None = None
+    symmetric: bool = True
+
+
+#: One for all: a dictionary for each module of a large model would take a tenth of a second.
+_NOTHING: Mapping[str, StoredTensor] = {}
+_AS_IT_IS: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredForm:
+    """One checkpoint module.
+
+    Without tensors when there is no file yet (planning): then what is stated holds, and otherwise a type's usual form,
+    which is what the `default` of each question stands for.
+
+    Attributes:
+        module: its name.
+        tensors: what the headers say, by canonical suffix (`weight`, `weight_scale`, ...).
+        weight: how the weight is stored; None where the format does not say, and for float modules.
+        input: how the layer's input is quantised; None where the format does not say, or not at all.
+        transforms: what is stored beside it and changes input or output: names of additions (schemes/additions).
+        spelling: the format's own suffix of each canonical one that it spells otherwise, for messages.
+
+    """
+
+    module: str = ""
+    tensors: Mapping[str, StoredTensor] = field(default_factory=lambda: _NOTHING)
+    weight: WeightForm | None = None
+    input: ActivationForm | None = None
+    transforms: tuple[str, ...] = ()
+    spelling: Mapping[str, str] = field(default_factory=lambda: _AS_IT_IS)
+
+    def __bool__(self) -> bool:
+        """False if nothing is known of the files."""
+        return bool(self.tensors)
+
+    def has(self, suffix: str, default: bool = False) -> bool:
+        """Whether the module stores a tensor with this suffix; `default` if nothing is known of the files."""
+        return suffix in self.tensors if self.tensors else default
+
+    def shape(self, suffix: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored shape, or `default` for a tensor that is not there."""
+        return self.tensors[suffix].shape if suffix in self.tensors else default
+
+    def dtype(self, suffix: str, default: torch.dtype) -> torch.dtype:
+        """The stored dtype, or `default` for a tensor that is not there."""
+        return self.tensors[suffix].dtype if suffix in self.tensors else default
+
+    def float_dtype(self, suffix: str, default: torch.dtype = torch.float32) -> torch.dtype:
+        """The stored dtype if it is a floating one, else `default`: writers store scales in 32 or 16 bits."""
+        dtype = self.dtype(suffix, default)
+        return dtype if dtype.is_floating_point and dtype.itemsize > 1 else default
+
+    def name_of(self, suffix: str) -> str:
+        """The tensor's name in the checkpoint, whether it is there or not."""
+        if suffix in self.tensors:
+            return self.tensors[suffix].name
+        spelled = self.spelling.get(suffix, suffix)
+        return f"{self.module}.{spelled}" if self.module else spelled
+
+    def sizes(self) -> tuple[int, int] | None:
+        """Input and output features, by the weight's header and what is stated of its packing; None without one."""
+        shape = self.shape("weight", ())
+        if len(shape) != 2:
+            return None
+        out_step, in_step = (self.weight or WeightForm()).steps()
+        return shape[1] * in_step, shape[0] * out_step
