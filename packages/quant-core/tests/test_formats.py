@@ -18,11 +18,14 @@ from quant_core import (
     LayerQuant,
     LayerQuery,
     LimitError,
+    LinearSizes,
     LoadError,
     Partition,
     QuantFormat,
     RegistrationError,
     UnsupportedSchemeError,
+    WeightForm,
+    create_scheme,
     detect_formats,
     formats,
     list_formats,
@@ -68,7 +71,9 @@ def folder(tmp_path: Path) -> CheckpointFolder:
 
 def query(*modules: str, **options: Any) -> LayerQuery:
     """A question about a layer of these modules."""
-    return LayerQuery(name="layer", modules=modules, **options)
+    names = ("input_size", "output_sizes", "local_output_sizes")
+    given = {key: options.pop(key) for key in names if key in options}
+    return LayerQuery(name="layer", modules=modules, sizes=LinearSizes(**given) if given else None, **options)
 
 
 def test_a_format_recognises_its_folders(example: type[QuantFormat], folder: CheckpointFolder, tmp_path: Path) -> None:
@@ -164,9 +169,10 @@ def test_a_form_that_a_scheme_refuses(example: type[QuantFormat], folder: Checkp
     quant = example.load(folder).layer_quant(query("a.q"))
     form = quant.stored[0]
     scale = form.tensors["weight_scale"]._replace(shape=(8, 3))
-    grouped = replace(quant, stored=(replace(form, tensors={**form.tensors, "weight_scale": scale}),))
+    groups = WeightForm(strategy="group", group_size=6)
+    grouped = replace(quant, stored=(replace(form, weight=groups, tensors={**form.tensors, "weight_scale": scale}),))
     with pytest.raises(UnsupportedSchemeError) as raised:
-        example.load(folder).create_scheme(query("a.q"), grouped)
+        create_scheme(query("a.q"), grouped)
     message = str(raised.value)
     assert "layer: the type W8A8_DYNAMIC cannot be served here" in message
     assert "where: config.json: everything_int8 = true" in message
@@ -176,10 +182,10 @@ def test_a_form_that_a_scheme_refuses(example: type[QuantFormat], folder: Checkp
 def test_planning_without_files() -> None:
     """Sizes then come from the engine alone."""
     quant = LayerQuant("W8A8_DYNAMIC", ("a", "b"), evidence=(Evidence("f", "k", "v"),))
-    context = layer_context(query("a", "b", input_size=16, output_sizes=(8, 4)), quant, Dynamic)
+    context = layer_context(query("a", "b", input_size=16, output_sizes=(8, 4)), quant)
     assert (context.stored, context.input_size, context.output_size) == ((), 16, 12)
     with pytest.raises(LoadError, match="layer: the stored tensors do not tell"):
-        layer_context(query("a", "b"), quant, Dynamic)
+        layer_context(query("a", "b"), quant)
 
 
 @pytest.fixture

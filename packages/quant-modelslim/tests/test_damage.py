@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quant_core import CheckpointFolder, LayerQuery, QuantError, Scheme
+from quant_core import CheckpointFolder, LayerQuery, LinearSizes, QuantError, Scheme
 from quant_core.schemes.verify import check_values, linear_params
 from quant_modelslim import ModelSlimFormat
 
@@ -207,8 +207,7 @@ def serve(folder: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, T
         query = LayerQuery(
             name,
             packed_modules=PACKED,
-            input_size=inputs,
-            output_sizes=tuple(n for _, n in members),
+            sizes=LinearSizes(inputs, tuple(n for _, n in members)),
             params_dtype=torch.float32,
         )
         scheme = checkpoint.create_scheme_for_layer(query)

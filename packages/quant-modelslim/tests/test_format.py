@@ -14,6 +14,7 @@ from quant_core import (
     CheckpointFolder,
     LayerQuery,
     LayerResolutionError,
+    LinearSizes,
     LoadError,
     StoredTensor,
     UnknownLayerError,
@@ -23,7 +24,7 @@ from quant_core import (
     list_formats,
 )
 from quant_modelslim import Description, ModelSlimFormat
-from quant_modelslim.validate import validate
+from quant_modelslim.validate import examine
 
 ATTENTION = "model.layers.0.self_attn"
 
@@ -110,7 +111,7 @@ def test_fused_on_disk(tmp_path: Path, small: Any, packed_modules: dict[str, lis
             del small.description[f"model.layers.0.mlp.{part}_proj.{suffix}"]
         small.description[f"model.layers.0.mlp.gate_up_proj.{suffix}"] = "W8A16"
     query = LayerQuery(
-        "model.layers.0.mlp.gate_up_proj", packed_modules=packed_modules, input_size=32, output_sizes=(64, 64)
+        "model.layers.0.mlp.gate_up_proj", packed_modules=packed_modules, sizes=LinearSizes(32, (64, 64))
     )
     scheme = load(small.write(tmp_path)).create_scheme_for_layer(query)
     assert scheme is not None
@@ -214,7 +215,7 @@ def test_members_of_other_forms(tmp_path: Path, small: Any, packed_modules: dict
 
 
 def test_sizes_of_the_engine_must_be_those_of_the_files(tmp_path: Path, small: Any) -> None:
-    query = LayerQuery(f"{ATTENTION}.o_proj", input_size=64, output_sizes=(32,))
+    query = LayerQuery(f"{ATTENTION}.o_proj", sizes=LinearSizes(64, (32,)))
     with pytest.raises(LoadError) as raised:
         load(small.write(tmp_path)).create_scheme_for_layer(query)
     for said in ("o_proj.weight in quant_model_weights.safetensors is int8 [32, 32]", "expected int8 [32, 64]"):
@@ -315,7 +316,7 @@ def test_validation_is_linear(tmp_path: Path) -> None:
     costs = []
     for layers, experts in ((2, 8), (20, 128)):
         read, _, done = deepseek_like(tmp_path, layers, experts)
-        validate(read.folder, read.description)
+        assert list(examine(read.folder, read.description)) == []
         costs.append((done["look-ups"] / len(read.description.types), done["scans"]))
     assert costs[1][0] == pytest.approx(costs[0][0], rel=0.05)
     assert costs[1][1] == costs[0][1]

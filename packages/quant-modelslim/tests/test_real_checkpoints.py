@@ -114,7 +114,7 @@ def check_module(read: ModelSlimFormat, module: str, types: dict[str, str], shap
     assert scheme.context.output_size == rows(module, shapes)
     declared = scheme.params(scheme.context.input_size, scheme.context.output_size)
     there = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == module}
-    assert {f"{module}.{suffix}": param.shape for suffix, param in declared.items()} == {
+    assert {scheme.context.form.name_of(suffix): param.shape for suffix, param in declared.items()} == {
         name: shape for name, shape in there.items() if name != f"{module}.bias"
     }
 

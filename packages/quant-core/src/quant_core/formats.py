@@ -257,8 +257,8 @@ def layer_context(query: LayerQuery, quant: LayerQuant) -> LayerContext:
         "role": query.role,
     }
     sizes, wanted = query.sizes, _SIZES[query.layer_type]
-    if sizes is None and wanted is LinearSizes:
-        sizes = _stored_sizes(query, quant)
+    if wanted is LinearSizes and isinstance(sizes, LinearSizes | None):
+        sizes = _completed(sizes or LinearSizes(), query, quant)
     if not isinstance(sizes, wanted):
         raise LimitError(
             f"{query.name}: a scheme for {query.layer_type} layers needs the sizes of one",
@@ -282,6 +282,7 @@ def layer_context(query: LayerQuery, quant: LayerQuant) -> LayerContext:
     modules = [quant.modules[index] for index in members]
     common["stored"] = tuple(quant.stored[index] for index in members) if quant.stored else ()
     shards = tuple(Shard(*member) for member in zip(modules, sizes.output_sizes, local, strict=True))
+    assert sizes.input_size is not None, "completed above"
     return LinearContext(shards=shards, input_size=sizes.input_size, has_bias=query.has_bias, **common)
 
 
@@ -292,18 +293,23 @@ _SIZES: dict[str, type[LinearSizes | ExpertSizes | AttentionSizes]] = {
 }
 
 
-def _stored_sizes(query: LayerQuery, quant: LayerQuant) -> LinearSizes:
+def _completed(sizes: LinearSizes, query: LayerQuery, quant: LayerQuant) -> LinearSizes:
+    """Sizes with what the engine did not give, from the files."""
+    if sizes.input_size is not None and sizes.output_sizes:
+        return sizes
     told = []
     for form in quant.stored or (StoredForm(query.name),):
-        sizes = form.sizes()
-        if sizes is None:
+        stored = form.sizes()
+        if stored is None:
             raise LoadError(
                 f"{form.module}: the stored tensors do not tell the layer's sizes",
                 found=", ".join(f"{t.name} {list(t.shape)}" for t in form.tensors.values()) or "no tensor of this name",
                 layer=query.name,
             )
-        told.append(sizes)
-    return LinearSizes(told[0][0], tuple(outputs for _, outputs in told))
+        told.append(stored)
+    inputs = told[0][0] if sizes.input_size is None else sizes.input_size
+    outputs = sizes.output_sizes or tuple(output for _, output in told)
+    return LinearSizes(inputs, outputs, sizes.local_output_sizes)
 
 
 def _members(quant: LayerQuant, sizes: Sequence[int]) -> list[int]:

@@ -1,13 +1,23 @@
 """The base classes, and the example in their documentation."""
 
 import textwrap
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quant_core import AscendAttentionScheme, AscendLinearScheme, AscendMoEScheme, Param, StoredForm, StoredTensor
+from quant_core import (
+    AscendAttentionScheme,
+    AscendLinearScheme,
+    AscendMoEScheme,
+    Packing,
+    Param,
+    StoredForm,
+    StoredTensor,
+    WeightForm,
+)
 from quant_core.devices import planned_device
 from quant_core.schemes import base, registry
 
@@ -56,7 +66,7 @@ class Small(AscendLinearScheme):
 @pytest.fixture
 def small(workbench: Any) -> Small:
     """An instance."""
-    return Small.create(workbench.context([{"weight": torch.zeros(4, 16)}], dtype=torch.bfloat16))
+    return Small.create(workbench.context([{"weight": torch.zeros(4, 16)}], dtype=torch.bfloat16, scheme_class=Small))
 
 
 def test_the_hooks_are_asked_with_the_model_s_dtype(small: Small) -> None:
@@ -69,7 +79,7 @@ def test_the_hooks_are_asked_with_the_model_s_dtype(small: Small) -> None:
 
 
 def test_an_instance_belongs_to_one_layer(small: Small, workbench: Any) -> None:
-    other = Small.create(workbench.context([{"weight": torch.zeros(8, 32)}]))
+    other = Small.create(workbench.context([{"weight": torch.zeros(8, 32)}], scheme_class=Small))
     assert small.context.input_size == 16
     assert other.context.input_size == 32
     assert "context" not in vars(Small)
@@ -93,9 +103,11 @@ def test_optional_hooks_say_what_they_lack(small: Small) -> None:
 def test_sizes_of_a_stored_module() -> None:
     matrix = StoredForm("m", {"weight": StoredTensor("m.weight", (4, 16), torch.int8, "f")})
     vector = StoredForm("m", {"weight": StoredTensor("m.weight", (4,), torch.int8, "f")})
-    assert Small.stored_sizes(matrix) == (16, 4)
-    assert Small.stored_sizes(vector) is None
-    assert Small.stored_sizes(StoredForm("m")) is None
+    assert matrix.sizes() == (16, 4)
+    assert vector.sizes() is None
+    assert StoredForm("m").sizes() is None
+    assert replace(matrix, weight=WeightForm(num_bits=4, packing=Packing(0))).sizes() == (16, 8)
+    assert replace(matrix, weight=WeightForm(num_bits=4, packing=Packing(1, values=8))).sizes() == (128, 4)
 
 
 @pytest.mark.parametrize("kind", [AscendLinearScheme, AscendMoEScheme, AscendAttentionScheme])

@@ -2,7 +2,7 @@
 
 import torch
 
-from quant_core import LayerContext, Partition, Shard, StoredForm, StoredTensor
+from quant_core import LinearContext, Partition, Shard, StoredForm, StoredTensor
 
 
 def test_a_form_of_real_tensors() -> None:
@@ -43,7 +43,9 @@ def test_only_row_parallel_layers_cut_their_input() -> None:
 def test_a_context_knows_its_first_form_and_its_full_width() -> None:
     form = StoredForm("a", {"weight": StoredTensor("a.weight", (4, 8), torch.int8, "f")})
     shards = (Shard("a", 4, 2), Shard("b", 8, 4))
-    context = LayerContext("x", "linear", shards, 8, torch.float32, stored=(form, StoredForm("b")))
+    context = LinearContext(
+        name="x", shards=shards, input_size=8, params_dtype=torch.float32, stored=(form, StoredForm("b"))
+    )
     assert context.form is form
     assert context.output_size == 12
-    assert not LayerContext("x", "linear", shards, 8, torch.float32).form
+    assert not LinearContext(name="x", shards=shards, input_size=8, params_dtype=torch.float32).form

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant_core import AscendLinearScheme, LayerContext, LoadError, Param, Partition, RegistrationError, Shard
+from quant_core import AscendLinearScheme, LinearContext, LoadError, Param, Partition, RegistrationError, Shard
 from quant_core.schemes.handover import check_shared
 from quant_core.schemes.hooks import call_hook
 from quant_core.schemes.verify import absent_params, linear_params, verify_stored
@@ -60,19 +60,18 @@ def member(rows: int, **other: Tensor) -> dict[str, Tensor]:
     }
 
 
-def context(workbench: Any, *members: dict[str, Tensor], partition: Partition | None = None) -> LayerContext:
+def context(workbench: Any, *members: dict[str, Tensor], partition: Partition | None = None) -> LinearContext:
     """The layer of these members in bfloat16; the weight's rows are packed, so sizes come from the scale."""
     partition = partition or Partition()
     parts = partition.size if partition.kind == "column" else 1
     rows = [len(m["weight_scale"]) for m in members]
-    return LayerContext(
-        "proj",
-        "linear",
-        tuple(Shard(f"m{i}", n, n // parts) for i, n in enumerate(rows)),
-        64,
-        torch.bfloat16,
-        tuple(workbench.form(f"m{i}", m) for i, m in enumerate(members)),
-        partition,
+    return LinearContext(
+        name="proj",
+        shards=tuple(Shard(f"m{i}", n, n // parts) for i, n in enumerate(rows)),
+        input_size=64,
+        params_dtype=torch.bfloat16,
+        stored=tuple(workbench.form(f"m{i}", m) for i, m in enumerate(members)),
+        partition=partition,
     )
 
 
@@ -85,10 +84,6 @@ def test_layout_follows_from_the_hook_and_the_sizes() -> None:
     assert (groups["scale_bias"].shape, groups["scale_bias"].input_step) == ((32, 16), 4)
     scalar = call_hook(OlderStyle().get_pertensor_param, (F32,), (64, 32), False)["input_scale"]
     assert (scalar.shape, scalar.shared, scalar.output_dim) == ((1,), True, None)
-
-
-def test_sizes_of_a_packed_weight_follow_from_its_hook(workbench: Any) -> None:
-    assert OlderStyle.stored_sizes(workbench.form("m", member(32))) == (64, 32)
 
 
 @pytest.mark.parametrize("kind", ["column", "row"])
@@ -138,7 +133,7 @@ def test_a_hook_that_returns_something_else() -> None:
             return {"weight_scale": [1.0]}
 
     with pytest.raises(RegistrationError, match=r"Wrong\.get_perchannel_param returns 'weight_scale' as list"):
-        Wrong.create(LayerContext("a", "linear", (Shard("a", 8, 8),), 8, F32)).params(8, 8)
+        Wrong.create(LinearContext(name="a", shards=(Shard("a", 8, 8),), input_size=8, params_dtype=F32)).params(8, 8)
 
 
 def test_new_style_declarations_pass_through(workbench: Any) -> None:
@@ -147,5 +142,5 @@ def test_new_style_declarations_pass_through(workbench: Any) -> None:
 
     scheme = require_scheme_class("W8A8_DYNAMIC", "linear")
     assert issubclass(scheme, AscendLinearScheme)
-    made = scheme.create(LayerContext("a", "linear", (Shard("a", 8, 8),), 8, F32))
+    made = scheme.create(LinearContext(name="a", shards=(Shard("a", 8, 8),), input_size=8, params_dtype=F32))
     assert not any(param.plain for params in linear_params(made).values() for param in params)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from quant_core import LayerContext, LimitError, Param, Partition, Shard
+from quant_core import LimitError, LinearContext, Param, Partition, Shard
 from quant_core.schemes import params
 from quant_core.schemes.layouts import layout_of, layouts_of
 from quant_core.schemes.params import replace_parameter, same_kind, tensor_of
@@ -18,11 +18,17 @@ from quant_core.schemes.params import replace_parameter, same_kind, tensor_of
 
 def context(
     outputs: tuple[int, ...], inputs: int, kind: str = "replicated", rank: int = 0, size: int = 1
-) -> LayerContext:
+) -> LinearContext:
     """A layer of so many members, cut evenly."""
     parts = size if kind == "column" else 1
     shards = tuple(Shard(f"m{i}", output, output // parts) for i, output in enumerate(outputs))
-    return LayerContext("layer", "linear", shards, inputs, torch.float32, partition=Partition(kind, rank, size))
+    return LinearContext(
+        name="layer",
+        shards=shards,
+        input_size=inputs,
+        params_dtype=torch.float32,
+        partition=Partition(kind, rank, size),
+    )
 
 
 def declarations(output: int, inputs: int, group: int, pack: int) -> dict[str, Param]:
@@ -91,13 +97,19 @@ def test_the_ranks_parts_make_up_the_whole(sizes: dict[str, Any]) -> None:
 def test_key_value_heads_that_ranks_share() -> None:
     """An engine may hold one head on several ranks: local sizes are then more than the full size over the ranks."""
     shards = (Shard("q", 64, 16), Shard("k", 16, 8))
-    layer = LayerContext("qkv", "linear", shards, 32, torch.float32, partition=Partition("column", 3, 4))
+    layer = LinearContext(
+        name="qkv",
+        shards=shards,
+        input_size=32,
+        params_dtype=torch.float32,
+        partition=Partition("column", 3, 4),
+    )
     weights = [Param((s.output_size, 32), torch.int8, output_dim=0, input_dim=1) for s in shards]
     layout = layout_of("weight", weights, layer)
     assert (layout.shape, layout.offsets) == ((24, 32), (0, 16, 24))
 
 
-def refused(declared: dict[str, list[Param]], layer: LayerContext) -> str:
+def refused(declared: dict[str, list[Param]], layer: LinearContext) -> str:
     """The message of an impossible cut."""
     with pytest.raises(LimitError) as raised:
         layouts_of(declared, layer)

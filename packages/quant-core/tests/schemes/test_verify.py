@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant_core import AscendLinearScheme, LayerContext, LoadError, Param, Shard, StoredForm, StoredTensor, params
+from quant_core import AscendLinearScheme, LinearContext, LoadError, Param, Shard, StoredForm, StoredTensor, params
 from quant_core.schemes.verify import check_values, linear_params, stored_problems, verify_stored
 
 Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -43,7 +43,7 @@ def scheme_of(
 ) -> AscendLinearScheme:
     """A scheme for members a.0, a.1, ... of these sizes."""
     shards = tuple(Shard(f"a.{i}", size, size) for i, size in enumerate(sizes))
-    return scheme.create(LayerContext("fused", "linear", shards, 16, F32, stored=stored))
+    return scheme.create(LinearContext(name="fused", shards=shards, input_size=16, params_dtype=F32, stored=stored))
 
 
 def complaint(scheme: AscendLinearScheme) -> str:
@@ -96,9 +96,13 @@ def test_a_module_that_is_loaded_into_several_members_has_the_rows_of_each() -> 
     """A model that uses k as v."""
     shards = (Shard("a.0", 8, 8), Shard("a.1", 4, 4), Shard("a.1", 4, 4))
     stored = tuple(form(f"a.{i}", good(rows)) for i, rows in ((0, 8), (1, 4), (1, 4)))
-    verify_stored(Plain.create(LayerContext("fused", "linear", shards, 16, F32, stored=stored)))
+    verify_stored(
+        Plain.create(LinearContext(name="fused", shards=shards, input_size=16, params_dtype=F32, stored=stored))
+    )
     short = (stored[0], form("a.1", good(3)), form("a.1", good(3)))
-    message = complaint(Plain.create(LayerContext("fused", "linear", shards, 16, F32, stored=short)))
+    message = complaint(
+        Plain.create(LinearContext(name="fused", shards=shards, input_size=16, params_dtype=F32, stored=short))
+    )
     assert "a.1.weight in w.safetensors is int8 [3, 16]" in message
 
 
@@ -161,12 +165,12 @@ def test_members_that_store_different_things(
 
 
 def test_values_are_judged_by_the_declaration() -> None:
-    context = scheme_of().context
+    names = ["a.0.weight_scale", "a.1.weight_scale"]
     scale = Param((3,), F32, check=params.positive)
-    check_values(context, "weight_scale", scale, torch.ones(3))
-    check_values(context, "weight", Param((3,), F32), torch.full((3,), float("nan")))  # nothing to judge by
+    check_values("fused", names, scale, torch.ones(3))
+    check_values("fused", names, Param((3,), F32), torch.full((3,), float("nan")))  # nothing to judge by
     with pytest.raises(LoadError) as raised:
-        check_values(context, "weight_scale", scale, torch.tensor([1.0, 0.0, -1.0]))
+        check_values("fused", names, scale, torch.tensor([1.0, 0.0, -1.0]))
     message = str(raised.value)
     assert "fused: weight_scale cannot be used" in message
     assert "where: a.0.weight_scale, a.1.weight_scale" in message

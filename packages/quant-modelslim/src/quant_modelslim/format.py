@@ -96,7 +96,7 @@ class ModelSlimFormat(QuantFormat):
 
     def canonical_suffixes(self, form: StoredForm) -> Mapping[str, str | None]:
         """Scales in two stages are called otherwise."""
-        return canonical_suffixes(form)
+        return canonical_suffixes(form, self.description)
 
     def _described(self, query: LayerQuery) -> tuple[str, ...]:
         """The modules of a layer that no file holds: those under which it would be described."""

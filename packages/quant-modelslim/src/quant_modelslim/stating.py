@@ -30,9 +30,12 @@ _TWO_STAGES: Mapping[str, str | None] = {
 _AS_IT_IS: Mapping[str, str | None] = {}
 
 
-def canonical_suffixes(form: StoredForm) -> Mapping[str, str | None]:
-    """See QuantFormat.canonical_suffixes."""
-    return _TWO_STAGES if "weight_scale_second" in form.tensors else _AS_IT_IS
+def canonical_suffixes(form: StoredForm, description: Description) -> Mapping[str, str | None]:
+    """See QuantFormat.canonical_suffixes. Types that declare their parameters themselves go by the writers' names."""
+    if "weight_scale_second" not in form.tensors:
+        return _AS_IT_IS
+    scheme_class = get_scheme_class(description.types.get(f"{form.module}.weight", ""), "linear")
+    return _AS_IT_IS if getattr(scheme_class, "stores", True) is None else _TWO_STAGES
 
 
 def stated(form: StoredForm, quant_type: str, description: Description, query: LayerQuery) -> StoredForm:

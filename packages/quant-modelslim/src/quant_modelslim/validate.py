@@ -58,7 +58,8 @@ def examine(folder: CheckpointFolder, description: Description) -> Iterator[Find
             error=CheckpointError,
         )
     yield from _undescribed(folder, description)
-    yield from _wrong_forms(folder, description, {tensor.rpartition(".")[0] for tensor, _ in wrong})
+    told = {tensor.rpartition(".")[0] for tensor, _ in wrong} | _simulated(description) | _of_unknown_types(description)
+    yield from _wrong_forms(folder, description, told)
 
 
 def _unplannable(folder: PlannedFolder, description: Description) -> Iterator[Finding]:
@@ -75,9 +76,7 @@ def _unplannable(folder: PlannedFolder, description: Description) -> Iterator[Fi
 def _unknown_types(description: Description) -> Iterator[Finding]:
     keys: dict[tuple[str, str], list[str]] = defaultdict(list)
     for quant_type in dict.fromkeys(description.types.values()):  # few types have many keys
-        if quant_type not in FLOAT_TYPES and not any(
-            get_scheme_class(quant_type, layer_type) for layer_type in LAYER_TYPES
-        ):
+        if quant_type not in FLOAT_TYPES and not _is_known(quant_type):
             keys[quant_type, "linear"] = [key for key, said in description.types.items() if said == quant_type]
     for module, quant_type in description.attention_types.items():
         if get_scheme_class(quant_type, "attention") is None:
@@ -107,6 +106,22 @@ def _unknown_types(description: Description) -> Iterator[Finding]:
         )
 
 
+def _is_known(quant_type: str) -> bool:
+    return any(get_scheme_class(quant_type, layer_type) for layer_type in LAYER_TYPES)
+
+
+def _of_unknown_types(description: Description) -> set[str]:
+    """The modules with a tensor of a type that nobody registered."""
+    unknown = {t for t in set(description.types.values()) if t not in FLOAT_TYPES and not _is_known(t)}
+    return {key.rpartition(".")[0] for key, quant_type in description.types.items() if quant_type in unknown}
+
+
+def _simulated(description: Description) -> set[str]:
+    """The modules that are stored once for each rank, and those of the ranks."""
+    keys = [key.rpartition(".")[0] for key in description.types if SIMULATED_RANKS in key]
+    return {*keys, *(key.partition(SIMULATED_RANKS)[0] for key in keys)}
+
+
 #: A tensor's name, and what is wrong with it.
 Problem = tuple[str, str]
 
@@ -115,8 +130,9 @@ def _absent(folder: CheckpointFolder, description: Description) -> Iterator[Prob
     # A FLOAT key without a tensor is left to the loader: writers add such keys for what they skipped, and whether the
     # model needs the tensor is known only then.
     tensors = folder.tensors
+    types = [t for t in set(description.types.values()) if t not in FLOAT_TYPES and _is_known(t)]
     for key, quant_type in description.types.items():
-        if key not in tensors and quant_type not in FLOAT_TYPES:
+        if key not in tensors and quant_type in types:
             yield key, f"{key} is described as {quant_type}, but no file holds it"
 
 
@@ -190,21 +206,21 @@ def _undescribed(folder: CheckpointFolder, description: Description) -> Iterator
         yield from undescribed(unmentioned, description, folder).findings
 
 
-def _wrong_forms(folder: CheckpointFolder, description: Description, known: Collection[str]) -> Iterator[Finding]:
+def _wrong_forms(folder: CheckpointFolder, description: Description, told: Collection[str]) -> Iterator[Finding]:
     """Judge one module of every (type, form) as a linear layer, but for those with which something is wrong anyway."""
     groups: dict[tuple[str, Signature], list[str]] = defaultdict(list)
     for key, quant_type in description.types.items():
         module, _, suffix = key.rpartition(".")
-        if quant_type not in FLOAT_TYPES and suffix == "weight" and module in folder.modules and module not in known:
+        if quant_type not in FLOAT_TYPES and suffix == "weight" and module in folder.modules and module not in told:
             tensors = folder.modules[module].tensors
             groups[quant_type, frozenset((s, t.shape, t.dtype) for s, t in tensors.items())].append(module)
     for (quant_type, _), members in groups.items():
         if get_scheme_class(quant_type, "linear") is None:
             continue  # known for another layer type, which the engine decides
-        module = folder.modules[members[0]]
-        form = stated(respelled(module, canonical_suffixes(module)), quant_type, description, LayerQuery(members[0]))
+        module, query = folder.modules[members[0]], LayerQuery(members[0])
+        form = stated(respelled(module, canonical_suffixes(module, description)), quant_type, description, query)
         try:
-            create_scheme(LayerQuery(members[0]), LayerQuant(quant_type, (members[0],), (form,)))
+            create_scheme(query, LayerQuant(quant_type, (members[0],), (form,)))
         except QuantError as error:
             if not _sizes_are_told(quant_type, form):
                 continue  # the engine will know them
@@ -216,8 +232,7 @@ def _sizes_are_told(quant_type: str, form: StoredForm) -> bool:
     scheme_class, sizes = get_scheme_class(quant_type, "linear"), form.sizes()
     if sizes is None or form.weight is not None or scheme_class is None:
         return True
-    scheme = scheme_class.create(
-        layer_context(LayerQuery(form.module), LayerQuant(quant_type, (form.module,), (form,)))
-    )
+    quant = LayerQuant(quant_type, (form.module,), (form,))
+    scheme = scheme_class.create(layer_context(LayerQuery(form.module), quant))
     assert isinstance(scheme, AscendLinearScheme)
     return scheme.params(*sizes)["weight"].shape == form.shape("weight", ())

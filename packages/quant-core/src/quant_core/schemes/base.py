@@ -120,6 +120,12 @@ class AscendLinearScheme(Scheme):
             found = FP8Storage if cls.stores.strategy == "channel" else MicroscaledStorage
         return found(form, cls.stores)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.stores is None and cls.get_weight is AscendLinearScheme.get_weight:
+            # Abstract, as a class without `apply` is: Python then refuses to make an instance.
+            cls.__abstractmethods__ = frozenset({*getattr(cls, "__abstractmethods__", ()), "get_weight"})
+
     @functools.cached_property
     def storage(self) -> Storage:
         """The storage of this layer's weight."""

@@ -16,14 +16,14 @@ class LinearSizes:
     """Sizes of a linear layer.
 
     Attributes:
-        input_size: input features over all ranks.
-        output_sizes: output features of each member over all ranks.
+        input_size: input features over all ranks; None takes them from the files.
+        output_sizes: output features of each member over all ranks; none takes them from the files.
         local_output_sizes: those of this rank; the same if empty.
 
     """
 
-    input_size: int
-    output_sizes: tuple[int, ...]
+    input_size: int | None = None
+    output_sizes: tuple[int, ...] = ()
     local_output_sizes: tuple[int, ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""Filling the parameters of a layer, or of a stack of layers, from the modules of a checkpoint, and knowing what came."""
+"""Filling the parameters of a layer, or of a stack of layers, from a checkpoint, and knowing what came."""
 
 from collections.abc import Iterator
 

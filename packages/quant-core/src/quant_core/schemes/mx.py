@@ -1,4 +1,4 @@
-"""What the microscaling (MX) linear types compute alike: blocks of 32 input features with a power of two as their scale."""
+"""What the microscaling (MX) linear types compute alike: blocks of 32 input features that share a power of two."""
 
 import sys
 from collections.abc import Sequence

@@ -17,11 +17,11 @@ from torch import Tensor
 from quant_core import LimitError, Partition
 from quant_core import microscaling as mx
 from quant_core.devices import planned_device
+from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod
 from quant_core.schemes.linear.w4a8_mxfp import AscendW4A8MXFPLinearMethod
 from quant_core.schemes.linear.w8a8_mxfp8 import AscendW8A8MXFP8LinearMethod
 from quant_core.schemes.mx import MXLinearScheme, run_time_weight
-from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import linear_params
 
 
@@ -199,7 +199,7 @@ def test_only_products_with_such_operators_serve_it(kind: Type, workbench: Any) 
 
 
 def test_an_exponent_that_is_nan_is_refused(kind: Type, workbench: Any) -> None:
-    scheme = kind.scheme.create(workbench.context([kind.make(8, 64)], sizes=[8], inputs=64))
+    scheme = kind.scheme.create(workbench.context([kind.make(8, 64)], sizes=[8], inputs=64, scheme_class=kind.scheme))
     check = scheme.params(64, 8)["weight_scale"].check
     assert check is not None
     assert check(torch.tensor([[0, 254]], dtype=torch.uint8)) is None
@@ -215,19 +215,21 @@ def test_quantising_loses_half_a_step(
     kind, inputs = TYPES[name], 2 * half
     weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)) * 2.0**magnitude
     weight[0, :32] = 0
-    scheme = kind.scheme.create(workbench.context([kind.make(rows, inputs)], sizes=[rows], inputs=inputs))
+    scheme = kind.scheme.create(
+        workbench.context([kind.make(rows, inputs)], sizes=[rows], inputs=inputs, scheme_class=kind.scheme)
+    )
     layer = workbench.load(scheme, [scheme.quantize(weight)])  # asserts shapes and dtypes
     found = scheme.dequantize(layer)
     assert not found[0, :32].any()
     for block, error in zip(weight.split(32, 1), (found - weight).abs().split(32, 1), strict=True):
         peak = block.abs().amax(1, keepdim=True)
         # FP4 has 1/4 to 1/7 of the peak as its last half step and is cut at 6 of 7; FP8 1/16, cut at 448 of 512.
-        assert bool((error <= peak * (1 / 4 if scheme.weight_fp4 else 1 / 8)).all())
+        assert bool((error <= peak * (1 / 4 if scheme.storage.fp4 else 1 / 8)).all())
 
 
 def test_a_quantised_layer_serves_the_float_one(kind: Type, workbench: Any) -> None:
     weight, x, bias = torch.randn(24, 128), torch.randn(50, 128), torch.randn(24)
-    plan = kind.scheme.create(workbench.context([kind.make(24, 128)], sizes=[24], inputs=128))
+    plan = kind.scheme.create(workbench.context([kind.make(24, 128)], sizes=[24], inputs=128, scheme_class=kind.scheme))
     scheme, layer = serve(workbench, kind, [plan.quantize(weight)], 128)
     exact = x @ weight.t() + bias
-    assert (scheme.apply(layer, x, bias) - exact).norm() / exact.norm() < (0.18 if scheme.weight_fp4 else 0.05)
+    assert (scheme.apply(layer, x, bias) - exact).norm() / exact.norm() < (0.18 if scheme.storage.fp4 else 0.05)

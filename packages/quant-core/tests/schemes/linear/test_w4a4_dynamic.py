@@ -162,7 +162,7 @@ def test_a_cut_through_a_group_names_a_size_that_works(workbench: Any) -> None:
 
 
 def test_values_beyond_int4_are_refused(workbench: Any) -> None:
-    scheme = Scheme.create(workbench.context([w4a4_dynamic(8, INPUTS)]))
+    scheme = Scheme.create(workbench.context([w4a4_dynamic(8, INPUTS)], scheme_class=Scheme))
     check = scheme.params(INPUTS, 8)["weight"].check
     assert check is not None
     assert check(torch.tensor([[-8, 7]], dtype=torch.int8)) is None
@@ -179,7 +179,7 @@ def test_quantising_loses_half_a_step(workbench: Any, seed: int, rows: int, grou
     """And what it returns is what is declared."""
     weight = torch.randn(rows, groups * length, generator=torch.Generator().manual_seed(seed))
     weight[0] = 0
-    scheme = Scheme.create(workbench.context([w4a4_dynamic(rows, groups * length, groups)]))
+    scheme = Scheme.create(workbench.context([w4a4_dynamic(rows, groups * length, groups)], scheme_class=Scheme))
     stored = scheme.quantize(weight)
     layer = workbench.load(scheme, [stored])  # asserts shapes and dtypes
     error = (scheme.dequantize(layer) - weight).abs()

@@ -224,7 +224,7 @@ def test_other_clip_ratios_after_a_reload_are_an_error(workbench: Any) -> None:
 
 def test_members_with_different_matrices_are_an_error(workbench: Any) -> None:
     members = [sheared(8, 4, 8), {**sheared(8, 4, 8), "left_trans": torch.eye(4)}]
-    scheme = FlatQuant.create(workbench.context(members))
+    scheme = FlatQuant.create(workbench.context(members, scheme_class=FlatQuant))
     declared = linear_params(scheme)
     assert declared["left_trans"][0].shared
     assert declared["right_trans"][0].shared
@@ -245,18 +245,20 @@ def test_members_with_different_matrices_are_an_error(workbench: Any) -> None:
     ],
 )
 def test_values_that_cannot_be_used(workbench: Any, name: str, value: Tensor, found: str) -> None:
-    scheme = FlatQuant.create(workbench.context([sheared(8, 4, 8)]))
+    scheme = FlatQuant.create(workbench.context([sheared(8, 4, 8)], scheme_class=FlatQuant))
     with pytest.raises(LoadError, match=found):
-        check_values(scheme.context, name, linear_params(scheme)[name][0], value)
+        check_values("layers.0.proj", [f"m0.{name}"], linear_params(scheme)[name][0], value)
 
 
 def test_a_k_that_is_not_a_multiple_of_8_is_named(workbench: Any) -> None:
-    scheme = FlatQuant.create(workbench.context([sheared(8, 4, 8)]))
+    scheme = FlatQuant.create(workbench.context([sheared(8, 4, 8)], scheme_class=FlatQuant))
     with pytest.raises(ValueError, match="100 input features cannot be packed as int4"):
         scheme.get_weight(100, 8, torch.bfloat16)
     with pytest.raises(ValueError, match="12 input features cannot be packed as int4"):
         pack_int4_weights(torch.zeros(8, 12, dtype=torch.int8))
-    (reason,) = FlatQuant.can_serve(workbench.context([{"weight": torch.zeros(8, 100, dtype=torch.int8)}]))
+    (reason,) = FlatQuant.can_serve(
+        workbench.context([{"weight": torch.zeros(8, 100, dtype=torch.int8)}], scheme_class=FlatQuant)
+    )
     assert reason == "100 input features are not a multiple of 8, as int4 packing wants"
 
 
@@ -269,18 +271,20 @@ def test_a_k_that_is_not_a_multiple_of_8_is_named(workbench: Any) -> None:
     ],
 )
 def test_sizes_that_the_operator_does_not_take(workbench: Any, left: int, right: int, reason: str) -> None:
-    assert FlatQuant.can_serve(workbench.context([sheared(8, left, right)])) == [reason]
+    assert FlatQuant.can_serve(workbench.context([sheared(8, left, right)], scheme_class=FlatQuant)) == [reason]
 
 
 def test_a_row_parallel_layer_is_refused_before_a_weight_is_read(workbench: Any) -> None:
     stored = sheared(8, 4, 16, with_right=False)
-    (reason,) = FlatQuant.can_serve(workbench.context([stored], partition=Partition("row", 0, 4)))
+    (reason,) = FlatQuant.can_serve(
+        workbench.context([stored], partition=Partition("row", 0, 4), scheme_class=FlatQuant)
+    )
     assert reason.endswith("4 tensor-parallel ranks: use tensor_parallel_size 1")
 
 
 def test_a_310p_lacks_the_operators(workbench: Any) -> None:
     with planned_device("310P"):
-        (reason,) = FlatQuant.can_serve(workbench.context([sheared(8, 4, 8)]))
+        (reason,) = FlatQuant.can_serve(workbench.context([sheared(8, 4, 8)], scheme_class=FlatQuant))
     assert reason == "needs one of the devices 910B, 910C, 950, cpu, this one is 310P"
 
 
@@ -328,7 +332,7 @@ def test_quantising_loses_half_a_step(workbench: Any, seed: int, rows: int, colu
     weight[0] = 0
     context = workbench.context([{"weight": torch.zeros(rows, columns, dtype=torch.int8)}])
     stored = FlatQuant.create(type(context)(**{**vars(context), "stored": ()})).quantize(weight)
-    scheme = FlatQuant.create(workbench.context([stored]))
+    scheme = FlatQuant.create(workbench.context([stored], scheme_class=FlatQuant))
     dequantized = scheme.dequantize(workbench.load(scheme, [stored]))
     assert bool(((dequantized - weight).abs() <= stored["weight_scale"] * (0.5 + 1e-5)).all())
 

@@ -30,7 +30,9 @@ def test_an_odd_number_of_features_is_refused(workbench: Any) -> None:
 
 def test_a_block_near_seven_eighths_rounds_its_exponent_up(workbench: Any) -> None:
     """msModelSlim's rule for weights: from 7/8 of a power of two on, the exponent is the next one."""
-    scheme = AscendW4A4MXFP4LinearMethod.create(workbench.context([mxfp4(2, 32)], sizes=[2], inputs=32))
+    scheme = AscendW4A4MXFP4LinearMethod.create(
+        workbench.context([mxfp4(2, 32)], sizes=[2], inputs=32, scheme_class=AscendW4A4MXFP4LinearMethod)
+    )
     weight = torch.tensor([[6.99], [7.01]]).repeat(1, 32)
     assert scheme.quantize(weight)["weight_scale"].tolist() == [[127], [128]]
 

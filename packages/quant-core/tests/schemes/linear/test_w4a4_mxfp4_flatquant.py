@@ -108,10 +108,10 @@ def test_a_column_parallel_layer_is_cut_and_a_row_parallel_one_is_refused(workbe
 
 def test_sizes_that_the_operator_cannot_take_are_refused(workbench: Any) -> None:
     large = {**permuting(8, 600), "left_trans": torch.eye(2), "right_trans": torch.eye(300)}
-    (reason,) = Scheme.can_serve(workbench.context([large], sizes=[8], inputs=600))
+    (reason,) = Scheme.can_serve(workbench.context([large], sizes=[8], inputs=600, scheme_class=Scheme))
     assert reason == "the operator takes sizes of up to 256, the second even, not (2, 300)"
     odd = {**permuting(8, 128), "left_trans": torch.eye(128), "right_trans": torch.eye(1)}
-    (reason,) = Scheme.can_serve(workbench.context([odd], sizes=[8], inputs=128))
+    (reason,) = Scheme.can_serve(workbench.context([odd], sizes=[8], inputs=128, scheme_class=Scheme))
     assert reason == "the operator takes sizes of up to 256, the second even, not (128, 1)"
 
 
@@ -125,7 +125,9 @@ def test_an_input_of_another_width_is_an_error(workbench: Any) -> None:
 @given(st.integers(0, 2**30), st.integers(1, 5), st.sampled_from([48, 80, 128]))
 def test_quantising_loses_half_a_step(workbench: Any, seed: int, rows: int, inputs: int) -> None:
     weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
-    scheme = Scheme.create(workbench.context([permuting(rows, inputs)], sizes=[rows], inputs=inputs))
+    scheme = Scheme.create(
+        workbench.context([permuting(rows, inputs)], sizes=[rows], inputs=inputs, scheme_class=Scheme)
+    )
     found = scheme.dequantize(workbench.load(scheme, [scheme.quantize(weight)]))
     for block, error in zip(weight.split(32, 1), (found - weight).abs().split(32, 1), strict=True):
         assert bool((error <= block.abs().amax(1, keepdim=True) / 4).all())

@@ -22,7 +22,7 @@ def exact_weight(stored: dict[str, Tensor], inputs: int) -> Tensor:
     """q · s in float64 [out, in]."""
     weight, scale = stored["weight"], stored["weight_scale"].double()
     codes = unpack_pairs(weight, 0) if weight.shape[0] != scale.shape[0] else weight
-    scale = scale * stored.get("weight_scale_second", torch.ones(1, 1)).double()
+    scale = scale * stored.get("weight_channel_scale", torch.ones(1, 1)).double()
     return codes.double() * scale.repeat_interleave(inputs // scale.shape[1], dim=1)
 
 
@@ -91,7 +91,7 @@ def test_the_formula_in_int4(workbench: Any, dtype: torch.dtype, options: dict[s
     weight, x = exact_weight(stored, 768), exact_codes_input(9, 768, dtype)
     assert torch.equal(unpack_eights(layer.weight), unpack_pairs(stored["weight"], 0).t())
     torch.testing.assert_close(layer.scale_bias.double(), 8 * weight.sum(1), rtol=2**-10, atol=2**-10)
-    first = stored["weight_scale"] * stored.get("weight_scale_second", torch.ones(1, 1))
+    first = stored["weight_scale"] * stored.get("weight_channel_scale", torch.ones(1, 1))
     torch.testing.assert_close(float_values(layer.weight_scale), first.t().expand(3, 24), rtol=2**-11, atol=0)
     added = torch.randn(24).to(dtype) if bias else None
     close(scheme.apply(layer, x, added), exact_output(x, weight, added), 2**-10)
@@ -199,8 +199,8 @@ def test_what_is_stored_is_declared_and_what_must_be_zero_checked(workbench: Any
     verify_stored(scheme)
     params = scheme.params(128, 24)
     assert params.keys() == stored.keys()
-    assert params["weight_offset_second"].dtype == torch.int64
-    for name in ("weight_offset", "weight_offset_second"):
+    assert params["weight_offset"].dtype == torch.int64
+    for name in ("weight_channel_offset", "weight_offset"):
         check = params[name].check
         assert check is not None
         assert "symmetric" in str(check(torch.ones(2, 2, dtype=params[name].dtype)))
@@ -215,7 +215,7 @@ def test_of_a_scale_bias_as_large_as_the_weight_a_rank_loads_its_part(workbench:
 
 
 def test_unequal_groups_are_refused(workbench: Any) -> None:
-    stored = {**w4a8_dynamic(8, 64, 2), "weight_scale_second": torch.ones(8, 3)}
+    stored = {**w4a8_dynamic(8, 64, 2), "weight_scale": torch.ones(8, 3)}
     (reason,) = Scheme.can_serve(workbench.context([stored], scheme_class=Scheme))
     assert reason == "64 input features cannot be cut into 3 equal groups"
 
@@ -250,7 +250,7 @@ def test_quantising_loses_half_a_step(
     stored = scheme.quantize(weight)
     assert stored.keys() == plan.keys()
     layer = workbench.load(scheme, [stored])  # asserts shapes and dtypes
-    step = (stored["weight_scale"] * stored.get("weight_scale_second", torch.ones(1, 1))).repeat_interleave(
+    step = (stored["weight_scale"] * stored.get("weight_channel_scale", torch.ones(1, 1))).repeat_interleave(
         inputs // max(1, groups), 1
     )
     assert bool(((scheme.dequantize(layer) - weight).abs() <= step * (0.5 + 1e-5)).all())

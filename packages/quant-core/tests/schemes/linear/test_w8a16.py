@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import LimitError, Partition
-from quant_core.schemes.linear.w8a16 import AscendW8A16LinearMethod
 from quant_core.schemes.layouts import layouts_of
+from quant_core.schemes.linear.w8a16 import AscendW8A16LinearMethod
 from quant_core.schemes.verify import linear_params
 
 INPUTS = 64
@@ -59,7 +59,7 @@ def test_a_single_weight_by_hand(workbench: Any) -> None:
         "weight_scale": torch.tensor([[2.0]]),
         "weight_offset": torch.tensor([[3.0]]),
     }
-    scheme = AscendW8A16LinearMethod.create(workbench.context([stored]))
+    scheme = AscendW8A16LinearMethod.create(workbench.context([stored], scheme_class=AscendW8A16LinearMethod))
     layer = workbench.load(scheme, [stored])
     assert scheme.dequantize(layer).tolist() == [[14.0]]
     scheme.process_weights_after_loading(layer)
@@ -69,7 +69,7 @@ def test_a_single_weight_by_hand(workbench: Any) -> None:
 @pytest.mark.parametrize("groups", [1, 4])
 def test_dequantize_is_the_formula(make: Any, workbench: Any, groups: int) -> None:
     stored = make["W8A16"](24, INPUTS, groups, asymmetric=True)
-    scheme = AscendW8A16LinearMethod.create(workbench.context([stored]))
+    scheme = AscendW8A16LinearMethod.create(workbench.context([stored], scheme_class=AscendW8A16LinearMethod))
     got = scheme.dequantize(workbench.load(scheme, [stored]))
     torch.testing.assert_close(got.to(torch.float64), exact_weight(stored, torch.float32))
 
@@ -88,7 +88,7 @@ def test_the_run_time_form(make: Any, workbench: Any) -> None:
 
 def test_groups_of_unequal_length_are_refused(workbench: Any) -> None:
     stored = {"weight": torch.zeros(8, INPUTS, dtype=torch.int8), "weight_scale": torch.ones(8, 3)}
-    assert AscendW8A16LinearMethod.can_serve(workbench.context([stored])) == [
+    assert AscendW8A16LinearMethod.can_serve(workbench.context([stored], scheme_class=AscendW8A16LinearMethod)) == [
         "64 input features cannot be cut into 3 equal groups"
     ]
 
@@ -117,7 +117,7 @@ def test_tensor_parallel_outputs_are_those_of_one_rank(
 def test_a_cut_through_a_group_names_a_size_that_works(make: Any, workbench: Any) -> None:
     """6 groups of 16: the weight's 96 input features could be cut over 4 ranks, the groups only over 3."""
     members = [make["W8A16"](8, 96, 6)]
-    context = workbench.context(members, partition=Partition("row", 0, 4))
+    context = workbench.context(members, partition=Partition("row", 0, 4), scheme_class=AscendW8A16LinearMethod)
     scheme = AscendW8A16LinearMethod.create(context)
     with pytest.raises(LimitError) as raised:
         layouts_of(linear_params(scheme), context)
@@ -139,7 +139,7 @@ def test_quantising_loses_half_a_step_of_each_group(
     weight = torch.randn(rows, groups * length, generator=torch.Generator().manual_seed(seed))
     weight *= 10.0 ** torch.arange(groups).repeat_interleave(length)  # one scale for all would lose the first groups
     plan = make["W8A16"](rows, groups * length, groups)
-    scheme = AscendW8A16LinearMethod.create(workbench.context([plan]))
+    scheme = AscendW8A16LinearMethod.create(workbench.context([plan], scheme_class=AscendW8A16LinearMethod))
     stored = scheme.quantize(weight)
     layer = workbench.load(scheme, [stored])  # asserts shapes and dtypes
     error = (scheme.dequantize(layer) - weight).abs()

@@ -166,7 +166,7 @@ def test_a_reload_that_shares_input_scales_otherwise_is_refused(make: Any, workb
     """Compiled code has baked in which rows go together."""
     same = [make["W8A8"](8, INPUTS) for _ in range(2)]
     distinct = [make["W8A8"](8, INPUTS, input_scale=0.01 * (i + 1)) for i in range(2)]
-    scheme = AscendW8A8LinearMethod.create(workbench.context(same))
+    scheme = AscendW8A8LinearMethod.create(workbench.context(same, scheme_class=AscendW8A8LinearMethod))
     scheme.process_weights_after_loading(workbench.load(scheme, same))
     with pytest.raises(LimitError) as raised:
         scheme.process_weights_after_loading(workbench.load(scheme, distinct))
@@ -189,7 +189,9 @@ def test_what_the_tool_overflowed_is_computed_again(make: Any, workbench: Any, k
     total = torch.zeros(8, dtype=torch.int32)
     for rank in range(size):
         scheme = AscendW8A8LinearMethod.create(
-            workbench.context([damaged], partition=Partition(kind, rank, size), has_bias=True)
+            workbench.context(
+                [damaged], partition=Partition(kind, rank, size), has_bias=True, scheme_class=AscendW8A8LinearMethod
+            )
         )
         layer = workbench.load(scheme, [damaged])
         rows = slice(rank * 4, rank * 4 + 4) if kind == "column" else slice(0, 8)
@@ -204,7 +206,7 @@ def test_what_the_tool_overflowed_is_computed_again(make: Any, workbench: Any, k
 def test_what_the_tool_overflowed_without_a_bias(make: Any, workbench: Any) -> None:
     stored = make["W8A8"](8, INPUTS)
     stored["quant_bias"][[2, 5]] = -(2**31)
-    scheme = AscendW8A8LinearMethod.create(workbench.context([stored]))
+    scheme = AscendW8A8LinearMethod.create(workbench.context([stored], scheme_class=AscendW8A8LinearMethod))
     with pytest.raises(LoadError, match="2 of 8 values are -2147483648: the tool overflowed"):
         scheme.process_weights_after_loading(workbench.load(scheme, [stored]))
 
@@ -214,12 +216,16 @@ def test_what_the_tool_overflowed_without_a_bias(make: Any, workbench: Any) -> N
     [("input_scale", 0.0), ("input_scale", float("inf")), ("input_offset", 0.5), ("input_offset", 200.0)],
 )
 def test_calibrated_values_that_cannot_be(make: Any, workbench: Any, name: str, value: float) -> None:
-    scheme = AscendW8A8LinearMethod.create(workbench.context([make["W8A8"](8, INPUTS)]))
+    scheme = AscendW8A8LinearMethod.create(
+        workbench.context([make["W8A8"](8, INPUTS)], scheme_class=AscendW8A8LinearMethod)
+    )
     with pytest.raises(LoadError, match=f"layers.0.proj: {name} cannot be used"):
-        check_values(scheme.context, name, scheme.params(INPUTS, 8)[name], torch.tensor([value]))
+        check_values("layers.0.proj", [f"m0.{name}"], scheme.params(INPUTS, 8)[name], torch.tensor([value]))
 
 
 def test_it_cannot_quantise_without_calibration(workbench: Any, make: Any) -> None:
-    scheme = AscendW8A8LinearMethod.create(workbench.context([make["W8A8"](8, INPUTS)]))
+    scheme = AscendW8A8LinearMethod.create(
+        workbench.context([make["W8A8"](8, INPUTS)], scheme_class=AscendW8A8LinearMethod)
+    )
     with pytest.raises(NotImplementedError, match="needs calibration"):
         scheme.quantize(torch.randn(8, INPUTS))

@@ -96,12 +96,16 @@ def test_groups_are_cut_between_ranks(make: Any, workbench: Any) -> None:
 
 def test_unequal_groups_are_refused(workbench: Any) -> None:
     stored = {"weight": torch.zeros(8, INPUTS, dtype=torch.int8), "weight_scale": torch.ones(8, 3)}
-    (reason,) = AscendW8A8DynamicLinearMethod.can_serve(workbench.context([stored]))
+    (reason,) = AscendW8A8DynamicLinearMethod.can_serve(
+        workbench.context([stored], scheme_class=AscendW8A8DynamicLinearMethod)
+    )
     assert reason == "64 input features cannot be cut into 3 equal groups"
 
 
 def test_an_asymmetric_weight_is_refused_by_its_values(workbench: Any, make: Any) -> None:
-    scheme = AscendW8A8DynamicLinearMethod.create(workbench.context([make["W8A8_DYNAMIC"](8, INPUTS)]))
+    scheme = AscendW8A8DynamicLinearMethod.create(
+        workbench.context([make["W8A8_DYNAMIC"](8, INPUTS)], scheme_class=AscendW8A8DynamicLinearMethod)
+    )
     check = scheme.params(INPUTS, 8)["weight_offset"].check
     assert check is not None
     assert check(torch.zeros(8, 1)) is None
@@ -115,7 +119,9 @@ def test_quantising_loses_half_a_step(
     """And what it returns is what is declared."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     weight[0] = 0
-    scheme = AscendW8A8DynamicLinearMethod.create(workbench.context([make["W8A8_DYNAMIC"](rows, columns)]))
+    scheme = AscendW8A8DynamicLinearMethod.create(
+        workbench.context([make["W8A8_DYNAMIC"](rows, columns)], scheme_class=AscendW8A8DynamicLinearMethod)
+    )
     stored = scheme.quantize(weight)
     layer = workbench.load(scheme, [stored])  # asserts shapes and dtypes
     error = (scheme.dequantize(layer) - weight.to(torch.float32)).abs()
@@ -125,7 +131,9 @@ def test_quantising_loses_half_a_step(
 
 def test_a_quantised_layer_serves_the_float_one(workbench: Any, make: Any) -> None:
     weight, x, bias = torch.randn(24, INPUTS), torch.randn(5, INPUTS), torch.randn(24)
-    plan = AscendW8A8DynamicLinearMethod.create(workbench.context([make["W8A8_DYNAMIC"](24, INPUTS)]))
+    plan = AscendW8A8DynamicLinearMethod.create(
+        workbench.context([make["W8A8_DYNAMIC"](24, INPUTS)], scheme_class=AscendW8A8DynamicLinearMethod)
+    )
     scheme, layer = workbench.serve(AscendW8A8DynamicLinearMethod, [plan.quantize(weight)])
     exact = x @ weight.t() + bias
     assert (scheme.apply(layer, x, bias) - exact).norm() / exact.norm() < 0.02

@@ -34,7 +34,9 @@ def test_it_is_the_type_that_the_role_wants(workbench: Any, role: str, same: typ
 
 def test_a_bias_beside_it_stays(workbench: Any) -> None:
     stored = w8a8_mix(8, 64)
-    scheme = AscendW8A8MixLinearMethod.create(workbench.context([stored], has_bias=True))
+    scheme = AscendW8A8MixLinearMethod.create(
+        workbench.context([stored], has_bias=True, scheme_class=AscendW8A8MixLinearMethod)
+    )
     layer = workbench.load(scheme, [stored])
     layer.register_parameter("bias", torch.nn.Parameter(torch.ones(8), requires_grad=False))
     scheme.process_weights_after_loading(layer)

@@ -21,7 +21,9 @@ def test_a_block_by_hand(workbench: Any) -> None:
 
 
 def test_a_weight_that_is_nan_is_refused(workbench: Any) -> None:
-    scheme = AscendW8A8MXFP8LinearMethod.create(workbench.context([mxfp8(8, 64)]))
+    scheme = AscendW8A8MXFP8LinearMethod.create(
+        workbench.context([mxfp8(8, 64)], scheme_class=AscendW8A8MXFP8LinearMethod)
+    )
     check = scheme.params(64, 8)["weight"].check
     assert check is not None
     assert check(mxfp8(8, 64)["weight"]) is None

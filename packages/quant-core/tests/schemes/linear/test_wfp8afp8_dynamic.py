@@ -104,7 +104,9 @@ def test_both_names_and_the_products_that_serve_them(workbench: Any) -> None:
 
 
 def test_an_asymmetric_weight_or_one_that_is_nan_is_refused_by_its_values(workbench: Any) -> None:
-    declared = AscendW8A8FP8DynamicLinearMethod.create(workbench.context([wfp8afp8(8, INPUTS)])).params(INPUTS, 8)
+    declared = AscendW8A8FP8DynamicLinearMethod.create(
+        workbench.context([wfp8afp8(8, INPUTS)], scheme_class=AscendW8A8FP8DynamicLinearMethod)
+    ).params(INPUTS, 8)
     offset, weight = declared["weight_offset"].check, declared["weight"].check
     assert offset is not None
     assert weight is not None
@@ -117,7 +119,9 @@ def test_quantising_loses_half_a_step(workbench: Any, seed: int, rows: int, colu
     """A sixteenth of a value, or half of the smallest step; and what it returns is what is declared."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     weight[0] = 0
-    scheme = AscendW8A8FP8DynamicLinearMethod.create(workbench.context([wfp8afp8(rows, columns)]))
+    scheme = AscendW8A8FP8DynamicLinearMethod.create(
+        workbench.context([wfp8afp8(rows, columns)], scheme_class=AscendW8A8FP8DynamicLinearMethod)
+    )
     stored = scheme.quantize(weight)
     layer = workbench.load(scheme, [stored])  # asserts shapes and dtypes
     error = (scheme.dequantize(layer) - weight.to(torch.float32)).abs()
@@ -128,7 +132,9 @@ def test_quantising_loses_half_a_step(workbench: Any, seed: int, rows: int, colu
 
 def test_a_quantised_layer_serves_the_float_one(workbench: Any) -> None:
     weight, x, bias = torch.randn(24, INPUTS), torch.randn(50, INPUTS), torch.randn(24)
-    plan = AscendW8A8FP8DynamicLinearMethod.create(workbench.context([wfp8afp8(24, INPUTS)]))
+    plan = AscendW8A8FP8DynamicLinearMethod.create(
+        workbench.context([wfp8afp8(24, INPUTS)], scheme_class=AscendW8A8FP8DynamicLinearMethod)
+    )
     scheme, layer = workbench.serve(AscendW8A8FP8DynamicLinearMethod, [plan.quantize(weight)])
     exact = x @ weight.t() + bias
     assert (scheme.apply(layer, x, bias) - exact).norm() / exact.norm() < 0.05

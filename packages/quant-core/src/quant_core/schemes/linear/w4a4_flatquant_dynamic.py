@@ -137,6 +137,11 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
                 unfit = [f"right_trans of {right} is not a multiple of 8, as int4 packing wants"]
         return reasons + unfit
 
+    def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
+        """`weight`; a LimitError for an input size that is not a multiple of 8."""
+        _whole_packs(input_size)
+        return super().get_weight(input_size, output_size, params_dtype)
+
     def get_pertensor_param(self, params_dtype: torch.dtype) -> dict[str, Param]:
         """`left_trans`, `right_trans` and `clip_ratio`."""
         return transform_params(self.context)

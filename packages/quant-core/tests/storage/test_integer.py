@@ -1,4 +1,4 @@
-"""The plain int8 quantiser."""
+"""Integer weights: the plain quantiser, and the form that goes to the operators."""
 
 from typing import Any
 
@@ -8,15 +8,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quant_core.schemes.int8 import int8_codes, int8_weight, symmetric_scale, transpose_weight
+from quant_core import StoredForm, WeightForm
 from quant_core.schemes.params import replace_parameter
+from quant_core.schemes.run_time import process_int8_weight
+from quant_core.storage import IntegerStorage
+
+INT8 = IntegerStorage(StoredForm(), WeightForm())
 
 
 @given(st.integers(0, 2**30), st.integers(1, 9), st.integers(1, 40), st.sampled_from([1e-20, 1.0, 1e20]))
 def test_codes_are_half_a_step_from_the_weight(seed: int, rows: int, columns: int, size: float) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size
-    scale = symmetric_scale(weight)
-    codes = int8_codes(weight, scale)
+    stored = INT8.quantize(weight)
+    codes, scale = stored["weight"], stored["weight_scale"]
     error = (codes.to(torch.float64) * scale.to(torch.float64) - weight.to(torch.float64)).abs()
     assert codes.dtype == torch.int8
     assert scale.shape == (rows, 1)
@@ -27,27 +31,25 @@ def test_codes_are_half_a_step_from_the_weight(seed: int, rows: int, columns: in
 def test_a_channel_of_zeros_has_the_scale_one() -> None:
     weight = torch.zeros(2, 4)
     weight[1] = 3
-    scale = symmetric_scale(weight)
-    assert scale.tolist() == [[1.0], [torch.tensor(3 / 127).item()]]
-    assert int8_codes(weight, scale).tolist() == [[0] * 4, [127] * 4]
+    stored = INT8.quantize(weight)
+    assert stored["weight_scale"].tolist() == [[1.0], [torch.tensor(3 / 127).item()]]
+    assert stored["weight"].tolist() == [[0] * 4, [127] * 4]
 
 
-def test_codes_round_ties_to_even_add_the_offset_and_saturate() -> None:
-    weight = torch.tensor([[0.5, 1.5, -0.5, 1000.0, -1000.0]])
-    one = torch.ones(1, 1)
-    assert int8_codes(weight, one).tolist() == [[0, 2, 0, 127, -128]]
-    assert int8_codes(weight, one, torch.full((1, 1), 10.0)).tolist() == [[10, 12, 10, 127, -128]]
+def test_codes_round_ties_to_even() -> None:
+    weight = torch.tensor([[0.5, 1.5, -0.5, 127.0, -127.0]])
+    assert INT8.quantize(weight)["weight"].tolist() == [[0, 2, 0, 127, -127]]
 
 
 def test_the_declared_weight() -> None:
-    (param,) = int8_weight(16, 8).values()
+    (param,) = INT8.get_weight(16, 8).values()
     assert (param.shape, param.dtype, param.output_dim, param.input_dim) == ((8, 16), torch.int8, 0, 1)
 
 
 def test_the_weight_is_transposed_by_its_strides() -> None:
     layer, stored = nn.Module(), torch.randint(-9, 9, (8, 16), dtype=torch.int8)
     replace_parameter(layer, "weight", stored)
-    transpose_weight(layer)
+    process_int8_weight(layer, stored)
     weight = layer.get_parameter("weight")
     assert torch.equal(weight, stored.t())
     assert weight.stride() == (1, 16)
@@ -66,6 +68,6 @@ def test_a_device_with_layouts_is_asked_for_its_own() -> None:
     layer = nn.Module()
     replace_parameter(layer, "weight", torch.zeros(8, 16, dtype=torch.int8, device="meta"))
     with Calls():
-        transpose_weight(layer)
+        process_int8_weight(layer, layer.get_parameter("weight").data)
     assert "npu.npu_format_cast.default" in called
     assert layer.get_parameter("weight").shape == (16, 8)
