@@ -81,8 +81,9 @@ class QuantError(Exception):
         todo: str | None = None,
         **about: Any,
     ) -> None:
-        texts = (None if text is None else str(text) for text in (where, found, expected, todo))
-        finding = Finding(what, *texts, error=type(self), **about)
+        texts = {"where": where, "found": found, "expected": expected, "todo": todo}
+        given = {name: str(text) for name, text in texts.items() if text is not None}
+        finding = Finding(what, error=type(self), **given, **about)
         self.findings = (finding,)
         super().__init__(_printable(str(finding)))
 

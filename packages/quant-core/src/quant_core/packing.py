@@ -107,14 +107,15 @@ def unpack(stored: Tensor, packing: Packing | None, num_bits: int = 4) -> Tensor
     if packing.container(num_bits) == torch.int8:
         return unpack_pairs(packed, packing.axis)
     if packing.axis == 0:
-        return unpack(packed.t(), Packing(1, packing.values), num_bits).t()
+        return unpack(packed.t(), Packing(1, packing.values), num_bits).t().contiguous()
     return unpack_eights(packed) if num_bits == 4 else row_major(packed).view(torch.int8)
 
 
 def _sign_bits(container: torch.dtype, num_bits: int) -> int:
     """The sign bits of all values in one element: offset binary has them turned over, v + 8 is v with another one."""
-    bits = sum(1 << (shift - 1) for shift in range(num_bits, 8 * container.itemsize + 1, num_bits))
-    return bits - 2 ** (8 * container.itemsize)  # as a signed number
+    bits: int = sum(1 << (shift - 1) for shift in range(num_bits, 8 * container.itemsize + 1, num_bits))
+    signed: int = bits - 2 ** (8 * container.itemsize)
+    return signed
 
 
 def row_major(values: Tensor) -> Tensor:

@@ -217,8 +217,8 @@ def _wrong_forms(folder: CheckpointFolder, description: Description, told: Colle
     for (quant_type, _), members in groups.items():
         if get_scheme_class(quant_type, "linear") is None:
             continue  # known for another layer type, which the engine decides
-        module, query = folder.modules[members[0]], LayerQuery(members[0])
-        form = stated(respelled(module, canonical_suffixes(module, description)), quant_type, description, query)
+        raw, query = folder.modules[members[0]], LayerQuery(members[0])
+        form = stated(respelled(raw, canonical_suffixes(raw, description)), quant_type, description, query)
         try:
             create_scheme(query, LayerQuant(quant_type, (members[0],), (form,)))
         except QuantError as error:

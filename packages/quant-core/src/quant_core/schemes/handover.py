@@ -52,6 +52,6 @@ def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[
     for layout in absent:
         if hasattr(layer, layout.name):  # from the last time; a parameter would not give way to a plain tensor
             delattr(layer, layout.name)
-        copies = None if layout.axis is not None else 0 if layout.depth is None else 1  # the axis of members
-        shape = [size for axis, size in enumerate(layout.shape) if axis != copies]
+        members = None if layout.axis is not None else 0 if layout.depth is None else 1  # the axis of copies
+        shape = [size for axis, size in enumerate(layout.shape) if axis != members]
         setattr(layer, layout.name, torch.zeros(shape, dtype=layout.param.dtype, device=device))

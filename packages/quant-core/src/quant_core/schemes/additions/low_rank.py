@@ -51,4 +51,5 @@ class LowRank(Addition):
     def _factors(self, layer: nn.Module) -> tuple[Tensor, ...]:
         """l2 of each member."""
         sizes = [shard.local_output_size for shard in self.context.shards]
-        return tensor_of(layer, "svd_lowrank_l2").split(sizes)
+        factors: tuple[Tensor, ...] = tensor_of(layer, "svd_lowrank_l2").split(sizes)
+        return factors

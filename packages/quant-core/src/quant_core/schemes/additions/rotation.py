@@ -68,7 +68,8 @@ class HeadsRotation(Rotation):
     def turned_back(self, layer: nn.Module, weight: Tensor) -> Tensor:
         """heads_rotation · W for each output feature's W [heads, head size]."""
         rotation = tensor_of(layer, "heads_rotation").to(weight.dtype)
-        return (rotation @ weight.unflatten(1, (rotation.shape[0], -1))).flatten(1)
+        turned: Tensor = rotation @ weight.unflatten(1, (rotation.shape[0], -1))
+        return turned.flatten(1)
 
 
 class KroneckerRotation(Rotation):
@@ -91,4 +92,5 @@ class KroneckerRotation(Rotation):
     def turned_back(self, layer: nn.Module, weight: Tensor) -> Tensor:
         """kronecker_rotation_m · W · kronecker_rotation_nᵀ for each output feature's W [M, N]."""
         left, right = (tensor_of(layer, name).to(weight.dtype) for name in self.suffixes)
-        return (left @ weight.unflatten(1, (left.shape[0], right.shape[0])) @ right.t()).flatten(1)
+        turned: Tensor = left @ weight.unflatten(1, (left.shape[0], right.shape[0])) @ right.t()
+        return turned.flatten(1)

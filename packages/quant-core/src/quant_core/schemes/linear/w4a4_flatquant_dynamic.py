@@ -19,6 +19,7 @@ from quant_core.schemes.flatquant import (
 from quant_core.schemes.params import Param, float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.run_time import drop
+from quant_core.storage import IntegerStorage, tensors_of
 from quant_core.stored import ActivationForm, WeightForm
 
 __all__ = [
@@ -118,6 +119,7 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
     stores = WeightForm(num_bits=4)
     activation = ActivationForm(num_bits=4)
 
+    storage: IntegerStorage
     _ratios: tuple[float, ...]
     _runs: tuple[tuple[float, int, int], ...]
 
@@ -155,7 +157,7 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         """
         self._remember(tuple(layer.get_parameter("clip_ratio").data.to(torch.float32).tolist()))
         del layer.clip_ratio
-        replace_parameter(layer, "weight", pack_int4_weights(layer.get_parameter("weight").data))
+        replace_parameter(layer, "weight", pack_int4_weights(self.storage.codes(tensors_of(layer))))
         replace_parameter(layer, "weight_scale", float_values(layer.get_parameter("weight_scale").data).flatten())
         process_transform(layer, self.context)
         drop(layer, "weight_offset")
