@@ -240,23 +240,24 @@ def test_compressed_tensors_goes_vllms_own_way(
     ask: Callable[..., Any],
     reference: Any,
 ) -> None:
-    """With our plugin loaded, exactly what vLLM answers with our hooks taken out; and right where vLLM can be right."""
+    """With our plugin loaded, exactly what vLLM answers without our wrappers; and right where vLLM can be."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-    from vllm_ascend_quant import compat, hooks
+    from vllm_ascend_quant import compat
+    from vllm_ascend_quant.plugin import wrappers
 
     key = "llmcompressor/qwen3/W8A8_DYNAMIC"
     folder = DATA / "checkpoints" / key
     with start_engine(folder) as llm:
         config = llm.llm_engine.vllm_config.quant_config
-        with_hooks = ask(llm, reference.prompts)
+        with_wrappers = ask(llm, reference.prompts)
     assert type(config) is CompressedTensorsConfig
     if vllm_is_exact(load_model, folder, "model.layers.1.self_attn.o_proj"):
-        verdict = reference.judge(key, with_hooks, "float32")
+        verdict = reference.judge(key, with_wrappers, "float32")
         assert verdict["ok"], verdict["why"]
-    for path, _ in hooks._HOOKS.values():
+    for path, _ in wrappers.WRAPPERS.values():
         owner, name = compat.module_level(path)
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
-    monkeypatch.setattr(hooks, "_HOOKS", {})  # not to be put back by the plugin
+    monkeypatch.setattr(wrappers, "WRAPPERS", {})  # not to be put back by the plugin
     with start_engine(folder) as llm:
-        assert ask(llm, reference.prompts) == with_hooks
+        assert ask(llm, reference.prompts) == with_wrappers

@@ -106,4 +106,4 @@ class ModelSlimFormat(QuantFormat):
 
     @cached_property
     def _names(self) -> ModuleNames:
-        return ModuleNames(self.folder.modules)
+        return ModuleNames.renamed(self.folder.modules)

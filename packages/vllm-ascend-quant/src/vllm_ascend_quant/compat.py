@@ -93,8 +93,9 @@ def module_level(path: str) -> tuple[Any, str]:
 #: Where `register_quantization_config` keeps what it is given.
 ADDED_METHODS = "vllm.model_executor.layers.quantization:_CUSTOMIZED_METHOD_TO_QUANT_CONFIG"
 
-#: The functions of vLLM that are wrapped, for lack of a hook; see hooks.py.
+#: The functions of vLLM that are wrapped, for lack of a hook; see plugin/wrappers.py.
 CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
+CREATE_DRAFT_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
 CREATE_ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 GET_QUANT_CONFIG = "vllm.model_executor.model_loader.weight_utils:get_quant_config"
 INITIALIZE_MODEL = "vllm.model_executor.model_loader.base_loader:initialize_model"
@@ -117,8 +118,8 @@ def saves_pipelines() -> bool:
     return hasattr(importlib.import_module(path).ShardedStateLoader, "PP_AND_TP_PATTERN")
 
 
-def load_formats() -> Collection[str]:
-    """The names of vLLM's load formats, with those that plugins added."""
+def loader_names() -> Collection[str]:
+    """The names of vLLM's loaders (`--load-format`), with those that plugins added."""
     loaders: dict[str, Any] = importlib.import_module("vllm.model_executor.model_loader")._LOAD_FORMAT_TO_MODEL_LOADER
     return loaders.keys()
 

@@ -1,16 +1,21 @@
-"""vLLM's QuantizationConfig over any QuantFormat."""
+"""vLLM's QuantizationConfig over any QuantFormat.
+
+It holds what was read and what vLLM handed over, and no decision: vLLM pickles it, copies it, and gives a draft its
+target's. What was decided about a built model belongs to its `ServedModel`.
+"""
 
 import functools
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from quant_core import (
     CheckpointFolder,
@@ -19,16 +24,13 @@ from quant_core import (
     LayerResolutionError,
     LoadError,
     QuantFormat,
-    UnknownLayerError,
     list_formats,
-    require_scheme_class,
 )
 from quant_core.names import ModuleNames
 from vllm_ascend_quant.compat import map_name
-from vllm_ascend_quant.methods.embedding import AscendEmbeddingMethod
-from vllm_ascend_quant.methods.linear import AscendLinearMethod
-
-logger = init_logger("vllm.ascend_quant")
+from vllm_ascend_quant.methods.choice import method_for
+from vllm_ascend_quant.placement.paths import without_prefix
+from vllm_ascend_quant.served_model import layers_served_from, stored_modules
 
 
 class AscendQuantizationConfig(QuantizationConfig):
@@ -37,9 +39,8 @@ class AscendQuantizationConfig(QuantizationConfig):
     Attributes:
         format_name: the QuantFormat's name.
         format: the checkpoint, once `maybe_update_config` has read it.
-        layers: what was decided about each layer of the built model, by module path.
-        source: gets the model's folder, downloading it if it must; hooks.py sets it, `maybe_update_config` uses it.
-        dummy: whether weights are made up (`load_format="dummy"`), so that their values mean nothing.
+        open_folder: gets the model's folder, downloading it if it must; set before `maybe_update_config`, which uses
+            it up.
 
     """
 
@@ -48,9 +49,7 @@ class AscendQuantizationConfig(QuantizationConfig):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.format: QuantFormat | None = None
-        self.layers: dict[str, LayerQuant] = {}
-        self.source: Callable[[], CheckpointFolder] | None = None
-        self.dummy = False
+        self.open_folder: Callable[[], CheckpointFolder] | None = None
         self._mappers: list[Any] = []
         self._names: ModuleNames | None = None
 
@@ -62,6 +61,11 @@ class AscendQuantizationConfig(QuantizationConfig):
     def format_class(cls) -> type[QuantFormat]:
         """The installed format."""
         return list_formats()[cls.format_name]
+
+    @property
+    def layers(self) -> Mapping[str, LayerQuant]:
+        """What was decided about each layer of the model that this process built with this config, by module path."""
+        return layers_served_from(self.format)
 
     def get_name(self) -> str:  # type: ignore[override]
         """The name under which vLLM knows the method."""
@@ -101,8 +105,8 @@ class AscendQuantizationConfig(QuantizationConfig):
             QuantError: everything that can be said without the model.
 
         """
-        source, self.source = self.source, None  # workers get what was read, not how
-        folder = source() if source else CheckpointFolder.locate(model_name, revision=revision)
+        open_folder, self.open_folder = self.open_folder, None  # workers get what was read, not how
+        folder = open_folder() if open_folder else CheckpointFolder.locate(model_name, revision=revision)
         if folder is None:
             raise LoadError(
                 f"{model_name} is neither a folder nor in this machine's Hugging Face cache",
@@ -120,7 +124,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         """The method for a layer under the name that vLLM gives it while the model is being built.
 
         The name is a hint: it may be empty or differ from the module's path. So what cannot be resolved is taken as
-        float here, and every layer is decided again by its path once the model is built (settling.py).
+        float here, and every layer is decided again by its path once the model is built (placement/deciding.py).
 
         Raises:
             QuantError: if the layer is resolved, but cannot be served.
@@ -128,51 +132,32 @@ class AscendQuantizationConfig(QuantizationConfig):
         """
         if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             return None
-        try:
-            quant = self.resolve(prefix, self.find(prefix, self.packed_modules_mapping))
-        except LayerResolutionError:
-            return self.method(layer, prefix, None)
-        return self.method(layer, prefix, quant)
+        build = _build.get()
+        config = self if build is None else build.config
+        if config is None or config.format is None:
+            return method_for(layer, prefix, None, None)
+        name = prefix if build is None else without_prefix(prefix, build.prefix)
+        return method_for(layer, name, config.format, config.guess(name))
 
-    def method(self, layer: nn.Module, name: str, quant: LayerQuant | None) -> QuantizeMethodBase:
-        """The method for an answer of the format about a linear or vocabulary layer."""
-        vocabulary = isinstance(layer, VocabParallelEmbedding)
-        if quant is None or quant.quant_type is None:
-            return UnquantizedEmbeddingMethod() if vocabulary else UnquantizedLinearMethod()
-        return (AscendEmbeddingMethod if vocabulary else AscendLinearMethod)(self, name, quant)
-
-    def resolve(self, name: str, modules: tuple[str, ...]) -> LayerQuant:
-        """The format's answer about checkpoint modules; raises as QuantFormat.layer_quant."""
+    def guess(self, name: str) -> LayerQuant | None:
+        """What the format says of a layer by vLLM's name for it; None if that names nothing in the checkpoint."""
         assert self.format is not None, "vLLM calls maybe_update_config first"
-        return self.format.layer_quant(LayerQuery(name, modules=modules))
+        try:
+            return self.format.layer_quant(LayerQuery(name, modules=self.find(name)))
+        except LayerResolutionError:
+            return None
 
-    def find(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-        """The checkpoint modules behind a name, by the mappers and packed modules that vLLM handed over."""
-        if self._names is None:
-            assert self.format is not None
-            self._names = ModuleNames(self.format.folder.modules, self._rename)
-        return self._names.find(name, packed_modules)
-
-    def refuse_quantised(self, name: str, layer_type: str, modules: Iterable[str]) -> None:
-        """Refuse layers of a kind that no scheme serves yet, if the checkpoint quantises them.
+    def find(self, name: str) -> tuple[str, ...]:
+        """The checkpoint modules behind a name, by the mappers and packed modules that vLLM handed over.
 
         Raises:
-            UnsupportedSchemeError: names type and layer.
+            LayerResolutionError: if the checkpoint has only some members of a fused layer.
 
         """
-        for module in modules:
-            try:
-                quant = self.resolve(module, (module,))
-            except UnknownLayerError:
-                continue  # tensors that are no module's weight, and that the description leaves out
-            if quant.quant_type is not None:
-                require_scheme_class(quant.quant_type, layer_type, where=f"{name} ({quant.evidence[0]})")
-
-    def log_report(self) -> None:
-        """One line per kind of layer."""
-        kinds = Counter(quant.quant_type or "FLOAT" for quant in self.layers.values())
-        for quant_type, count in sorted(kinds.items()):
-            logger.info("%s: %d layers %s", self.get_name(), count, quant_type)
+        if self._names is None:
+            assert self.format is not None
+            self._names = ModuleNames.renamed(stored_modules(self.format), self._rename)
+        return self._names.find(name, self.packed_modules_mapping)
 
     def _rename(self, module: str) -> str | None:
         """A checkpoint's module name as vLLM's."""
@@ -185,17 +170,54 @@ class AscendQuantizationConfig(QuantizationConfig):
         return name.removesuffix(".weight")
 
 
+class AscendModelSlimConfig(AscendQuantizationConfig):
+    """`--quantization ascend`: a folder that msModelSlim wrote."""
+
+    format_name: ClassVar[str] = "modelslim"
+
+    @property
+    def quant_description(self) -> Mapping[str, Any]:
+        """Tensor name to type, as the description file has it; vllm-ascend's runtime looks here."""
+        description = getattr(self.format, "description", None)
+        return {} if description is None else description.types
+
+
+_NAMED = {AscendModelSlimConfig.format_name: AscendModelSlimConfig}
+
+
 @functools.cache
 def config_class(format_name: str) -> type[AscendQuantizationConfig]:
     """The config class of a format: a named one where we have it, else one made from the generic adapter."""
-    from vllm_ascend_quant.modelslim import AscendModelSlimConfig  # derives from this module
-
-    named = {AscendModelSlimConfig.format_name: AscendModelSlimConfig}
-    if format_name in named:
-        return named[format_name]
+    if format_name in _NAMED:
+        return _NAMED[format_name]
     title = "".join(part.capitalize() for part in format_name.replace("-", "_").split("_"))
     return type(f"Ascend{title}Config", (AscendQuantizationConfig,), {"format_name": format_name})
 
 
 def _new_config(format_name: str) -> AscendQuantizationConfig:
     return config_class(format_name)()
+
+
+@dataclass(frozen=True)
+class _Build:
+    """The model that is being built: its own config, None if it is not one of ours, and its prefix."""
+
+    config: AscendQuantizationConfig | None
+    prefix: str
+
+
+_build: ContextVar[_Build | None] = ContextVar("_build", default=None)
+
+
+@contextmanager
+def while_building(config: AscendQuantizationConfig | None, prefix: str = "") -> Iterator[None]:
+    """While it lasts, a model is being built, and its own config answers for its layers, whichever is asked.
+
+    vLLM builds a draft with its target's config, and some drafts read a config of their own; a draft in float, whose
+    config is None, gets methods of vLLM's own.
+    """
+    token = _build.set(_Build(config, prefix))
+    try:
+        yield
+    finally:
+        _build.reset(token)

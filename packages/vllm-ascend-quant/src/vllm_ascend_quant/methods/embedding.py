@@ -9,7 +9,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from quant_core import AscendLinearScheme, LimitError
 from quant_core.schemes.handover import hand_over
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
-from vllm_ascend_quant.parameter import load_vocabulary
+from vllm_ascend_quant.methods.parameter import load_vocabulary
 
 
 class AscendEmbeddingMethod(AscendLinearMethod):
@@ -38,7 +38,7 @@ class AscendEmbeddingMethod(AscendLinearMethod):
             self._check_rows(layer)
 
     def _check_rows(self, layer: nn.Module) -> None:
-        packed = [name for name, param in stored_parameters(layer).items() if param.plan.param.output_step > 1]
+        packed = [name for name, param in stored_parameters(layer).items() if param.stored_layout.param.output_step > 1]
         plain = type(self.quant_method).dequantize is AscendLinearScheme.dequantize
         if packed or plain:
             raise LimitError(
@@ -53,8 +53,8 @@ class AscendEmbeddingMethod(AscendLinearMethod):
             super().make_run_time_form(layer)
             return
         stored = stored_parameters(layer)
-        self._axes = {name: param.plan.param.output_dim for name, param in stored.items()}
-        hand_over(layer, [param.plan for param in stored.values()], ())
+        self._axes = {name: param.stored_layout.param.output_dim for name, param in stored.items()}
+        hand_over(layer, [param.stored_layout for param in stored.values()], ())
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """The rows of the tokens [...], dequantised: [..., embedding size] in the model's dtype."""

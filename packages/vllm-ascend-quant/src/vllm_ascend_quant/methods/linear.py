@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from quant_core import (
     LimitError,
     LoadError,
     Partition,
+    QuantFormat,
     require_scheme_class,
 )
 from quant_core.errors import listing
@@ -31,11 +32,8 @@ from quant_core.schemes.handover import check_shared, hand_over
 from quant_core.schemes.params import layouts_of
 from quant_core.schemes.verify import absent_params, check_values, linear_params
 from vllm_ascend_quant import compat
-from vllm_ascend_quant.exact_tp import exact_tp_wanted, max_over_ranks
-from vllm_ascend_quant.parameter import AscendParameter, load_replicated, make_parameter
-
-if TYPE_CHECKING:
-    from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.methods.exact_tp import exact_tp_wanted, max_over_ranks
+from vllm_ascend_quant.methods.parameter import AscendParameter, load_replicated, make_parameter
 
 
 @register_weight_loader_v2_supported_method
@@ -43,20 +41,24 @@ class AscendLinearMethod(LinearMethodBase):
     """Turns a scheme's declarations into vLLM parameters and delegates the rest.
 
     Attributes:
+        format: the checkpoint, which makes the scheme.
+        name: the layer's, for messages: vLLM's while the model is being built, then its path.
         quant: the format's answer about the layer.
         quant_method: the scheme, once the layer's sizes are known.
         absent: what the scheme declares and the files lack, which it is handed as zeros.
         restored: whether the layer was processed before it is filled, and is not to be processed again; see
-            saved_state.py.
+            files/saved_state.py.
+        made_up: whether weights are made up (`load_format="dummy"`), so that their values mean nothing.
 
     """
 
-    def __init__(self, config: "AscendQuantizationConfig", name: str, quant: LayerQuant) -> None:
-        self.config = config
+    def __init__(self, quant_format: QuantFormat, name: str, quant: LayerQuant) -> None:
+        self.format = quant_format
         self.name = name
         self.quant = quant
         self.quant_method: AscendLinearScheme
         self.restored = False
+        self.made_up = False
 
     def create_weights(
         self,
@@ -93,7 +95,6 @@ class AscendLinearMethod(LinearMethodBase):
         self, layer: nn.Module, input_size: int, local_sizes: list[int], params_dtype: torch.dtype
     ) -> AscendLinearScheme:
         """The scheme for the layer, kept in `quant_method`; raises as QuantFormat.create_scheme."""
-        assert self.config.format is not None
         query = LayerQuery(
             name=self.name,
             input_size=input_size,
@@ -104,7 +105,7 @@ class AscendLinearMethod(LinearMethodBase):
             has_bias=getattr(layer, "has_bias", False),
             role=_role(),
         )
-        scheme = self.config.format.create_scheme(query, _one_module_per_member(self.quant, query))
+        scheme = self.format.create_scheme(query, _one_module_per_member(self.quant, query))
         assert isinstance(scheme, AscendLinearScheme)
         self.quant_method = scheme
         return scheme
@@ -132,7 +133,7 @@ class AscendLinearMethod(LinearMethodBase):
             self.restored = False
             return
         stored = stored_parameters(layer)
-        if not self.config.dummy or any(param.filled for param in stored.values()):
+        if not self.made_up or any(param.filled for param in stored.values()):
             self._check(layer)
         else:
             for param in stored.values():
@@ -143,7 +144,7 @@ class AscendLinearMethod(LinearMethodBase):
 
     def make_run_time_form(self, layer: nn.Module) -> None:
         """Let the scheme process what was loaded."""
-        hand_over(layer, [param.plan for param in stored_parameters(layer).values()], self.absent.values())
+        hand_over(layer, [param.stored_layout for param in stored_parameters(layer).values()], self.absent.values())
         self.quant_method.process_weights_after_loading(layer)
 
     def missing(self, layer: nn.Module) -> list[str]:
@@ -165,10 +166,10 @@ class AscendLinearMethod(LinearMethodBase):
             )
         context = self.quant_method.context
         for name, param in stored_parameters(layer).items():
-            if param.plan.axis is None:
+            if param.stored_layout.axis is None:
                 check_shared(context, name, param.data)
             for shard, part in zip(context.shards, param.parts(), strict=True):
-                check_values(replace(context, shards=(shard,)), name, param.plan.param, part)
+                check_values(replace(context, shards=(shard,)), name, param.stored_layout.param, part)
 
 
 def stored_parameters(layer: nn.Module) -> dict[str, AscendParameter]:

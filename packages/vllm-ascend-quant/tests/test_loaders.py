@@ -13,8 +13,9 @@ from torch import Tensor
 from vllm.model_executor.model_loader import DefaultModelLoader, ShardedStateLoader, register_model_loader
 
 from quant_core import CheckpointError, LimitError, LoadError
-from vllm_ascend_quant import compat, load_formats, saved_state
-from vllm_ascend_quant.saved_state import STORED
+from vllm_ascend_quant import compat
+from vllm_ascend_quant.files import loaders, saved_state
+from vllm_ascend_quant.files.saved_state import STORED
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
@@ -75,19 +76,19 @@ def test_a_load_format_of_a_third_party(load_model: Callable[..., Any], monkeypa
         parameters(load_model, DATA / "checkpoints" / DYNAMIC, load_format="third-party")
 
 
-@pytest.mark.parametrize("load_format", [*load_formats._REFUSED, "no-such-format"])
+@pytest.mark.parametrize("load_format", [*loaders._REFUSED, "no-such-format"])
 def test_refused_by_name(load_format: str, configure: Callable[..., Any]) -> None:
     """In the front process, with the reason and what works."""
     with pytest.raises(LimitError, match=f"--load-format {load_format} does not work") as raised:
         configure(DATA / "checkpoints" / W8A8, load_format=load_format)
-    assert load_formats._REFUSED.get(load_format, "no load format of this name") in str(raised.value)
+    assert loaders._REFUSED.get(load_format, "no load format of this name") in str(raised.value)
     assert "leave the argument out" in str(raised.value)
 
 
 def test_every_load_format_is_decided() -> None:
     """A vLLM with one more is noticed here, and not by a user."""
-    decided = {*load_formats._CHECKPOINT, *load_formats.SAVED, load_formats.DUMMY, *load_formats._REFUSED}
-    assert set(compat.load_formats()) <= decided
+    decided = {*loaders._CHECKPOINT, *loaders.SAVED, loaders.DUMMY, *loaders._REFUSED}
+    assert set(compat.loader_names()) <= decided
 
 
 def test_float_models_are_let_alone(configure: Callable[..., Any]) -> None:

@@ -5,8 +5,9 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
 
     named    say what is wrong with a name of a model, if --quantization is one of ours (create_engine_config)
     detect   recognise a model without --quantization; contradict a wrong one (EngineArgs.create_model_config)
+    draft    the same for a speculative draft, which is also checked here (EngineArgs.create_speculative_config)
     download fetch a model of ours where vLLM would, before it is checked (get_quant_config)
-    built    decide by module paths once the model exists (initialize_model)
+    built    decide by module paths once the model exists; build a draft by its own folder (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
     reloaded see that a reload left nothing out (finalize_layerwise_processing)
     saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
@@ -22,17 +23,18 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from vllm.config import VllmConfig
 
 from quant_core import list_formats
-from vllm_ascend_quant import compat, detection, hub, load_formats, saved_state
+from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
-from vllm_ascend_quant.explaining import building
-from vllm_ascend_quant.loading import check_loaded, check_reloaded, config_of, watch_loading
-from vllm_ascend_quant.norms import add_norm_biases
-from vllm_ascend_quant.settling import settle_layers
+from vllm_ascend_quant.files import detection, hub, loaders, saved_state
+from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
+from vllm_ascend_quant.plugin.building import build
+from vllm_ascend_quant.served_model import served_model
 
 DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
-_MARK = "_vllm_ascend_quant_hook"
+_MARK = "_vllm_ascend_quant_wrapper"
 
 
 def enabled(name: str) -> bool:
@@ -42,7 +44,7 @@ def enabled(name: str) -> bool:
 
 def install() -> None:
     """Wrap each function once; calling again changes nothing."""
-    for name, (path, wrapper) in _HOOKS.items():
+    for name, (path, wrapper) in WRAPPERS.items():
         owner, attribute = compat.module_level(path)
         original = getattr(owner, attribute)
         if enabled(name) and getattr(original, _MARK, None) != name:
@@ -62,19 +64,32 @@ def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any], name: st
     return function
 
 
+def _ours(method: str | None) -> bool:
+    return method in {quant_format.vllm_name for quant_format in list_formats().values()}
+
+
 def _detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     detection.choose_method(engine_args)
-    ours = {quant_format.vllm_name for quant_format in list_formats().values()}
-    load_formats.check(engine_args.load_format, engine_args.quantization in ours, engine_args.model)
+    loaders.check(engine_args.load_format, _ours(engine_args.quantization), engine_args.model)
     return original(engine_args, *args, **kwargs)
+
+
+def _draft(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    detection.choose_draft_method(engine_args)
+    settings = original(engine_args, *args, **kwargs)
+    draft = getattr(settings, "draft_model_config", None)
+    if draft is not None and _ours(draft.quantization) and draft.model != settings.target_model_config.model:
+        load_config = settings.draft_load_config or engine_args.create_load_config()
+        loaders.check(load_config.load_format, True, draft.model)
+        VllmConfig.get_quantization_config(draft, load_config)  # in the front process, where a user sees the error
+    return settings
 
 
 def _named(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return original(engine_args, *args, **kwargs)
     except OSError as error:
-        ours = {quant_format.vllm_name for quant_format in list_formats().values()}
-        if engine_args.quantization not in ours or os.path.exists(engine_args.model):
+        if not _ours(engine_args.quantization) or os.path.exists(engine_args.model):
             raise
         raise hub.unknown(engine_args.model, engine_args.revision, error) from error
 
@@ -82,62 +97,44 @@ def _named(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs:
 def _download(original: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
     config = original(model_config, load_config)
     if isinstance(config, AscendQuantizationConfig):
-        config.source = functools.partial(load_formats.open_folder, model_config, load_config)
+        config.open_folder = functools.partial(loaders.open_folder, model_config, load_config)
     return config
 
 
-def _built(original: Callable[..., nn.Module], vllm_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    config = vllm_config.quant_config
-    with building(config):
-        model = original(vllm_config, *args, **kwargs)
-    if isinstance(config, AscendQuantizationConfig):
-        config.dummy = not load_formats.values_are_read(vllm_config.load_config.load_format)
-        settlement = settle_layers(model, config)
-        biased = add_norm_biases(model, config, settlement.paths)
-        if settlement.remade or biased:
-            compat.record_for_reload(model)
-        watch_loading(model, config, settlement.paths, vllm_config.model_config)
-    return model
-
-
 def _loaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    config = config_of(model)
-    if config is not None:
-        check_loaded(model)
+    served = served_model(model)
+    if served is None:
+        return original(model, *args, **kwargs)
+    check_loaded(model, served)
     original(model, *args, **kwargs)
-    if config is not None:
-        config.log_report()
+    return served.log_report()
 
 
 def _reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    if config_of(model) is None:
-        return original(model, *args, **kwargs)
-    check_reloaded(model)
+    served = served_model(model)
+    if served is not None:
+        check_reloaded(model, served)
     return original(model, *args, **kwargs)
 
 
 def _saved(original: Callable[..., None], model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:
-    config = config_of(model)
+    served = served_model(model)
     save = functools.partial(original, model, path, *args, **kwargs)
-    if config is None:
-        save()
-    else:
-        saved_state.save(save, config, model, path)
+    return save() if served is None else saved_state.save(save, served.format.folder, model, path)
 
 
 def _restored(original: Callable[..., None], loader: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
     load = functools.partial(original, loader, model, *args, **kwargs)
-    if config_of(model) is None:
-        load()
-    else:
-        saved_state.load(load, loader, model)
+    return load() if served_model(model) is None else saved_state.load(load, loader, model)
 
 
-_HOOKS: dict[str, tuple[str, Callable[..., Any]]] = {
+#: Name to the function that is wrapped and its wrapper.
+WRAPPERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "named": (compat.CREATE_ENGINE_CONFIG, _named),
     "detect": (compat.CREATE_MODEL_CONFIG, _detect),
+    "draft": (compat.CREATE_DRAFT_CONFIG, _draft),
     "download": (compat.GET_QUANT_CONFIG, _download),
-    "built": (compat.INITIALIZE_MODEL, _built),
+    "built": (compat.INITIALIZE_MODEL, build),
     "loaded": (compat.PROCESS_WEIGHTS, _loaded),
     "reloaded": (compat.FINALIZE_RELOAD, _reloaded),
     "saved": (compat.SAVE_STATE, _saved),

@@ -23,7 +23,6 @@ from quant_core import CheckpointError, CheckpointFolder, LimitError, LoadError
 from quant_core.errors import listing
 from quant_core.schemes.context import StoredTensor
 from vllm_ascend_quant import compat
-from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
 
 #: vLLM's load formats that read such a folder.
@@ -62,7 +61,7 @@ class SavedFolder(CheckpointFolder):
             raise CheckpointError(f"{STORED} is not what save_sharded_state writes", where=self.path) from error
 
 
-def save(original: Callable[..., None], config: AscendQuantizationConfig, model: nn.Module, path: str) -> None:
+def save(original: Callable[..., None], checkpoint: CheckpointFolder, model: nn.Module, path: str) -> None:
     """Let vLLM save the parameters of a model, and add what is needed to load them again.
 
     Raises:
@@ -79,7 +78,7 @@ def save(original: Callable[..., None], config: AscendQuantizationConfig, model:
     with _contiguous(model):
         original()
     if get_world_group().is_first_rank:
-        _describe(config, Path(path))
+        _describe(checkpoint, Path(path))
 
 
 def load(original: Callable[..., None], loader: Any, model: nn.Module) -> None:
@@ -131,15 +130,13 @@ def _check_complete(model: nn.Module) -> None:
         )
 
 
-def _describe(config: AscendQuantizationConfig, target: Path) -> None:
+def _describe(checkpoint: CheckpointFolder, target: Path) -> None:
     """Write what the checkpoint stored, and copy its JSON files if they are not there yet."""
-    assert config.format is not None
-    folder = config.format.folder
-    stored = {t.name: [t.file, str(t.dtype).removeprefix("torch."), t.shape] for t in folder.tensors.values()}
+    stored = {t.name: [t.file, str(t.dtype).removeprefix("torch."), t.shape] for t in checkpoint.tensors.values()}
     (target / STORED).write_text(json.dumps(stored, indent=0), encoding="utf-8")
-    for name in folder.files("*.json"):
+    for name in checkpoint.files("*.json"):
         if not (name.endswith(".index.json") or (target / name).exists()):
-            shutil.copyfile(folder.path / name, target / name)
+            shutil.copyfile(checkpoint.path / name, target / name)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""vLLM's ways to get weights (`--load-format`): which of them can work with the checkpoints of our formats."""
+"""vLLM's model loaders, chosen by `--load-format`: which of them can work with the checkpoints of our formats."""
 
 import os
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 from vllm.logger import init_logger
 
 from quant_core import CheckpointError, CheckpointFolder, LimitError, PlannedFolder
-from vllm_ascend_quant import compat, hub
-from vllm_ascend_quant.saved_state import LOAD_FORMATS as SAVED
-from vllm_ascend_quant.saved_state import STORED, SavedFolder
+from vllm_ascend_quant import compat
+from vllm_ascend_quant.files import hub
+from vllm_ascend_quant.files.saved_state import LOAD_FORMATS as SAVED
+from vllm_ascend_quant.files.saved_state import STORED, SavedFolder
 
 logger = init_logger("vllm.ascend_quant")
 
@@ -65,7 +66,7 @@ def check(load_format: str, ours: bool, model: str) -> None:
         )
     if load_format in (*_CHECKPOINT, *SAVED, DUMMY):
         return
-    if load_format not in _REFUSED and load_format in compat.load_formats():
+    if load_format not in _REFUSED and load_format in compat.loader_names():
         logger.warning(
             "--load-format %s is unknown to vllm-ascend-quant: what it loads is checked as usual", load_format
         )

@@ -63,18 +63,28 @@ class ListedFolder(CheckpointFolder):
         return CheckpointFolder(file.parent).read_json(file.name)
 
 
-def look_up(engine_args: Any) -> CheckpointFolder | None:
-    """The model of the engine arguments as far as it is needed to recognise it.
+@dataclass(frozen=True)
+class NamedModel:
+    """A model as a user names it, and what is needed to ask a hub about it."""
+
+    model: str
+    revision: str | None
+    token: str | bool | None
+    download_dir: str | None
+
+
+def look_up(named: NamedModel) -> CheckpointFolder | None:
+    """A model as far as it is needed to recognise it.
 
     None if nothing can be said: the model is no folder, and no hub knows it or answers. Whatever goes wrong here goes
     wrong in vLLM again, which then says so in its own words. (Offline, vLLM has replaced the name by the folder.)
     """
-    model = maybe_model_redirect(str(engine_args.model))
+    model = maybe_model_redirect(named.model)
     if os.path.exists(model) or "://" in model:
         return CheckpointFolder.locate(model)
     hub = _modelscope if envs.VLLM_USE_MODELSCOPE else _hugging_face
     try:
-        return ListedFolder(model, hub(model, engine_args))
+        return ListedFolder(model, hub(model, named))
     except Exception as error:  # clients raise what they like, and so do the libraries under them
         logger.info("%s cannot be listed, so whether it is quantised shows in its config.json only: %s", model, error)
     return None
@@ -142,8 +152,8 @@ def unknown(model: str, revision: str | None, error: Exception) -> LoadError:
     )
 
 
-def _hugging_face(model: str, engine_args: Any) -> _Hub:
-    api, revision, token = huggingface_hub.HfApi(), engine_args.revision, engine_args.hf_token
+def _hugging_face(model: str, named: NamedModel) -> _Hub:
+    api, revision, token = huggingface_hub.HfApi(), named.revision, named.token
 
     def names() -> list[str]:
         # Not list_repo_files, which tries for half a minute when no hub can be reached.
@@ -152,18 +162,16 @@ def _hugging_face(model: str, engine_args: Any) -> _Hub:
 
     return _Hub(
         names,
-        lambda name: api.hf_hub_download(
-            model, name, revision=revision, cache_dir=engine_args.download_dir, token=token
-        ),
+        lambda name: api.hf_hub_download(model, name, revision=revision, cache_dir=named.download_dir, token=token),
     )
 
 
-def _modelscope(model: str, engine_args: Any) -> _Hub:
+def _modelscope(model: str, named: NamedModel) -> _Hub:
     from modelscope.hub.api import HubApi
     from modelscope.hub.file_download import model_file_download
 
-    revision = engine_args.revision
+    revision = named.revision
     return _Hub(
         lambda: [file["Path"] for file in HubApi().get_model_files(model, revision=revision, recursive=True)],
-        lambda name: model_file_download(model, name, revision=revision, cache_dir=engine_args.download_dir),
+        lambda name: model_file_download(model, name, revision=revision, cache_dir=named.download_dir),
     )

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
-from vllm_ascend_quant.config import AscendQuantizationConfig
-from vllm_ascend_quant.naming import ModelPaths
+from vllm_ascend_quant.served_model import ServedModel
 
 
 class BiasedNorm:
@@ -25,13 +24,12 @@ class BiasedNorm:
         return (found[0] + self.bias, *found[1:]) if isinstance(found, tuple) else found + self.bias
 
 
-def add_norm_biases(model: nn.Module, config: AscendQuantizationConfig, paths: ModelPaths) -> bool:
+def add_norm_biases(model: nn.Module, served: ServedModel) -> bool:
     """Give each RMS norm a bias for which the checkpoint stores one; whether there was any."""
-    assert config.format is not None
     modules = dict(model.named_modules(remove_duplicate=False))
     found = False
-    for name, form in config.format.folder.modules.items():
-        for path in paths.paths_of(name) if form.has("bias") else ():
+    for name, form in served.modules.items():
+        for path in served.paths.paths_of(name) if form.has("bias") else ():
             norm = modules.get(path)
             if isinstance(norm, (RMSNorm, GemmaRMSNorm)) and not isinstance(norm, BiasedNorm):
                 weight = norm.weight.data

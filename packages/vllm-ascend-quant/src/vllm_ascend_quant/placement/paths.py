@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from quant_core.names import Members, ModuleNames, PackedModules
 from vllm_ascend_quant import compat
 
 _SHARD_ORDER = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
 
 
 class ModelPaths:
-    """Where the loader puts each checkpoint module.
+    """Where the loader puts each checkpoint module. Found out once; the model is not kept.
 
     Attributes:
         stored_at: module path to the checkpoint modules that land there, in the order of their shards.
@@ -24,20 +25,24 @@ class ModelPaths:
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str]) -> None:
-        self._model = model
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        renames = Renames(model)
+        self._paths: dict[str, list[str]] = {}
         found: dict[str, list[tuple[Any, str]]] = defaultdict(list)
         for module in modules:
-            for path, shards in self._paths(module):
+            places = list(renames.places(module))
+            self._paths[module] = [path for path, _ in places]
+            for path, shards in places:
                 # A list: the tensor is loaded into each of these members. A tuple: it is cut into them.
                 for shard in shards if isinstance(shards, list) else [shards]:
                     if (shard, module) not in found[path]:
                         found[path].append((shard, module))
         self.stored_at: dict[str, tuple[str, ...]] = {path: in_shard_order(members) for path, members in found.items()}
+        self._names = ModuleNames(self.stored_at)
+        self._packed = _packed_mappings(model)
 
     def paths_of(self, module: str) -> list[str]:
         """The paths at which a checkpoint module may land."""
-        return [path for path, _ in self._paths(module)]
+        return self._paths[module]
 
     def below(self, paths: Collection[str]) -> Mapping[str, list[str]]:
         """For each of `paths`, the checkpoint modules that land somewhere below it."""
@@ -50,25 +55,25 @@ class ModelPaths:
                     found[above] += modules
         return found
 
-    def find(self, path: str, packed_modules: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The checkpoint modules of the layer at `path`, and the members of a fused layer that the checkpoint lacks.
+    def members(self, path: str, packed_modules: PackedModules) -> Members:
+        """What the checkpoint has of the layer at `path`: by the mappings of the modules around it, or the last one."""
+        return self._names.members(path, *self._packed_around(path), packed_modules)
 
-        Both are empty if it knows nothing of the layer.
-        """
-        if path in self.stored_at:
-            return self.stored_at[path], ()
-        parent, _, last = path.rpartition(".")
-        partial: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
-        for packed in (*self._packed_above(path), packed_modules):
-            wanted = [f"{parent}.{member}" if parent else member for member in packed.get(last, ())]
-            found = tuple(module for member in wanted for module in self.stored_at.get(member, ()))
-            absent = tuple(member for member in wanted if member not in self.stored_at)
-            if found and not absent:
-                return found, ()
-            partial = partial if partial[0] or not found else (found, absent)
-        return partial
+    def _packed_around(self, path: str) -> Iterator[PackedModules]:
+        """The packed-modules mappings of the modules around a layer, nearest first."""
+        while path:
+            path = path.rpartition(".")[0]
+            if path in self._packed:
+                yield self._packed[path]
 
-    def _paths(self, module: str) -> Iterator[tuple[str, Any]]:
+
+class Renames:
+    """What the mappers of a model and of the modules inside it make of a checkpoint's names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+
+    def places(self, module: str) -> Iterator[tuple[str, Any]]:
         """Path and shard id of a checkpoint module, as the nested loaders would rename it; several may be possible."""
         pending: list[tuple[str, str, Any]] = [("", f"{module}.weight", None)]
         seen = set()
@@ -77,8 +82,7 @@ class ModelPaths:
             if (base, rest) in seen:
                 continue
             seen.add((base, rest))
-            here = self._model if not base else self._modules.get(base)
-            mapper = getattr(here, "hf_to_vllm_mapper", None)
+            mapper = self._mapper(base)
             variants = [(rest, shard)]
             if mapper is not None:
                 mapped = compat.map_name(mapper, rest)
@@ -93,17 +97,25 @@ class ModelPaths:
                     child = ".".join(filter(None, [base, *parts[:end]]))
                     if child not in self._modules:
                         break
-                    if getattr(self._modules[child], "hf_to_vllm_mapper", None) is not None:
+                    if self._mapper(child) is not None:
                         pending.append((child, ".".join(parts[end:]), new_shard))
 
-    def _packed_above(self, path: str) -> Iterator[Mapping[str, Sequence[str]]]:
-        """The packed-modules mappings of the modules around a layer, nearest first."""
-        parts = path.split(".")
-        for end in range(len(parts) - 1, -1, -1):
-            around = self._modules.get(".".join(parts[:end])) if end else self._model
-            packed = getattr(around, "packed_modules_mapping", None)
-            if isinstance(packed, Mapping):
-                yield packed
+    def _mapper(self, path: str) -> Any:
+        return getattr(self._modules[path], "hf_to_vllm_mapper", None)
+
+
+def _packed_mappings(model: nn.Module) -> dict[str, PackedModules]:
+    """The packed-modules mappings by the paths of the modules that have one."""
+    found = (
+        (path, getattr(module, "packed_modules_mapping", None))
+        for path, module in model.named_modules(remove_duplicate=False)
+    )
+    return {path: packed for path, packed in found if isinstance(packed, Mapping)}
+
+
+def without_prefix(name: str, prefix: str) -> str:
+    """A name inside a model that was built under a prefix."""
+    return name.removeprefix(f"{prefix}.") if prefix else name
 
 
 def in_shard_order(members: Iterable[tuple[Any, str]]) -> tuple[str, ...]:

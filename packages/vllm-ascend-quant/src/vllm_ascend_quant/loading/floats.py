@@ -11,12 +11,12 @@ from typing import cast
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase
 
-from quant_core import CheckpointFolder, LoadError
+from quant_core import LoadError, QuantFormat
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
-from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.linear import full_sizes
-from vllm_ascend_quant.parameter import AscendParameter
+from vllm_ascend_quant.methods.parameter import AscendParameter
+from vllm_ascend_quant.served_model import ServedModel, stored_modules
 
 
 def linear_layers(model: nn.Module) -> dict[str, LinearBase]:
@@ -31,24 +31,25 @@ def filled_in_parts(model: nn.Module) -> dict[str, nn.Module]:
     return {**linear_layers(model), **found}
 
 
-def check_rows(model: nn.Module, config: AscendQuantizationConfig, folder: CheckpointFolder) -> None:
-    """Refuse tensors of a folder that have more rows than the model takes.
+def check_rows(model: nn.Module, served: ServedModel, source: QuantFormat) -> None:
+    """Refuse tensors of the checkpoint that is about to be loaded which have more rows than the model takes.
 
     Raises:
         LoadError: lists tensor, file, found and expected rows.
 
     """
-    takers = Counter(module for quant in config.layers.values() for module in set(quant.modules))
+    modules = stored_modules(source)
+    takers = Counter(module for quant in served.layers.values() for module in set(quant.modules))
     wrong = []
     for path, layer in linear_layers(model).items():
-        quant = config.layers.get(path)
+        quant = served.layers.get(path)
         if quant is None or quant.quant_type is not None:
             continue
         sizes = full_sizes(layer, _local_sizes(layer))
         owners = quant.modules if len(quant.modules) == len(sizes) else quant.modules[:1] * len(sizes)
         for module in dict.fromkeys(owners):
             rows = sum(size for owner, size in zip(owners, sizes, strict=True) if owner == module)
-            form = folder.modules.get(module)
+            form = modules.get(module)
             if takers[module] > 1 or form is None:
                 continue  # one of several layers takes its part
             for suffix, others in (("weight", (layer.input_size,)), ("bias", ())):
@@ -59,7 +60,7 @@ def check_rows(model: nn.Module, config: AscendQuantizationConfig, folder: Check
     if wrong:
         raise LoadError(
             f"{len(wrong)} float tensors are larger than the layers of the model, and vLLM would cut them off",
-            where=folder.path,
+            where=source.folder.path,
             found=listing(wrong),
             todo="check that config.json describes the model whose weights these are",
         )
@@ -72,11 +73,11 @@ def mark_unfilled(model: nn.Module) -> None:
             param.data.fill_(math.nan)
 
 
-def unfilled(model: nn.Module, config: AscendQuantizationConfig) -> list[str]:
+def unfilled(model: nn.Module, served: ServedModel) -> list[str]:
     """The tensors of which nothing, or only NaN, came; by the members' names where they are known."""
     names = []
     for path, layer in filled_in_parts(model).items():
-        modules = config.layers[path].modules if path in config.layers else ()
+        modules = served.layers[path].modules if path in served.layers else ()
         for suffix, param in _float_parameters(layer).items():
             empty = param.data.isnan().reshape(len(param), -1).any(dim=1)
             if not bool(empty.any()):

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from quant_core import LoadError
-from vllm_ascend_quant.config import AscendQuantizationConfig
+from quant_core import LoadError, QuantFormat
+from vllm_ascend_quant.served_model import stored_modules
 
 
 @contextlib.contextmanager
-def building(config: object) -> Iterator[None]:
+def explained(quant_format: QuantFormat) -> Iterator[None]:
     """While a model is built from config.json: what means nothing to a user becomes an error that says where to look.
 
     Raises:
@@ -21,46 +21,42 @@ def building(config: object) -> Iterator[None]:
     try:
         yield
     except (AssertionError, LookupError, ArithmeticError) as error:
-        if not isinstance(config, AscendQuantizationConfig):
-            raise
         raise LoadError(
             f"vLLM could not build the model that config.json describes: {_in_short(error)}",
-            where=config.format.folder.path if config.format else None,
-            found=_sizes_hint(config),
+            where=quant_format.folder.path,
+            found=_sizes_hint(quant_format),
             todo="check that config.json describes the model whose weights these are",
         ) from error
 
 
 def stopped(
-    config: AscendQuantizationConfig, source: str, last: list[tuple[str, torch.Tensor]], error: Exception
+    quant_format: QuantFormat, folder: str, last: list[tuple[str, torch.Tensor]], error: Exception
 ) -> LoadError:
     """The error for whatever vLLM raised while it loaded the last of the tensors that it was given."""
     name, form = (last[0][0], f"{last[0][1].dtype} {list(last[0][1].shape)}") if last else ("the first tensor", None)
     return LoadError(
         f"vLLM could not load {name}: {_in_short(error)}",
-        where=source,
-        found="; ".join(filter(None, [form, layers_hint(config)])) or None,
-        expected=_sizes_hint(config),
+        where=folder,
+        found="; ".join(filter(None, [form, layers_hint(quant_format)])) or None,
+        expected=_sizes_hint(quant_format),
         todo="check that config.json describes the model whose weights these are, and that no tensor was added to them",
     )
 
 
-def _sizes_hint(config: AscendQuantizationConfig) -> str | None:
+def _sizes_hint(quant_format: QuantFormat) -> str | None:
     """The sizes that config.json asks for."""
-    section = {} if config.format is None else config.format.folder.config
+    section = quant_format.folder.config
     section = section.get("text_config") or section
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     sizes = [f"{name} {section[name]}" for name in names if isinstance(section.get(name), int)]
     return f"what config.json says: {', '.join(sizes)}" if sizes else None
 
 
-def layers_hint(config: AscendQuantizationConfig) -> str | None:
+def layers_hint(quant_format: QuantFormat) -> str | None:
     """How many layers config.json asks for and how many the files hold, if the names tell."""
-    if config.format is None:
-        return None
-    section = config.format.folder.config
+    section = quant_format.folder.config
     asked = (section.get("text_config") or section).get("num_hidden_layers")
-    parts = (name.split(".") for name in config.format.folder.modules)
+    parts = (name.split(".") for name in stored_modules(quant_format))
     # The first number of a name is the layer's; one behind it may be an expert's.
     numbers = {next((int(part) for part in name if part.isdigit()), 0) for name in parts}
     if not isinstance(asked, int) or not numbers:

@@ -10,8 +10,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from quant_core import StoredForm
 from quant_core.schemes.context import StoredTensor
-from vllm_ascend_quant.naming import ModelPaths, in_shard_order
-from vllm_ascend_quant.probing import ask_loader
+from vllm_ascend_quant.placement.paths import ModelPaths, Renames, in_shard_order
+from vllm_ascend_quant.placement.probing import ask_loader
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -37,21 +37,24 @@ def give(model: nn.Module, path: str = "", **attributes: Any) -> nn.Module:
 
 def test_a_module_is_found_under_its_own_name() -> None:
     paths = ModelPaths(tree("model.o_proj"), ["model.o_proj"])
-    assert paths.find("model.o_proj", {}) == (("model.o_proj",), ())
+    assert paths.members("model.o_proj", {}) == (("model.o_proj",), ())
 
 
 def test_members_come_in_the_order_of_the_mapping() -> None:
     modules = ["m.v_proj", "m.k_proj", "m.q_proj"]
-    assert ModelPaths(tree("m.qkv_proj"), modules).find("m.qkv_proj", QKV) == (("m.q_proj", "m.k_proj", "m.v_proj"), ())
+    assert ModelPaths(tree("m.qkv_proj"), modules).members("m.qkv_proj", QKV) == (
+        ("m.q_proj", "m.k_proj", "m.v_proj"),
+        (),
+    )
 
 
 def test_a_module_fused_on_disk_comes_before_the_mapping() -> None:
     paths = ModelPaths(tree("m.gate_up_proj"), ["m.gate_up_proj"])
-    assert paths.find("m.gate_up_proj", QKV) == (("m.gate_up_proj",), ())
+    assert paths.members("m.gate_up_proj", QKV) == (("m.gate_up_proj",), ())
 
 
 def test_absent_members_are_told() -> None:
-    found, absent = ModelPaths(tree("m.qkv_proj"), ["m.q_proj", "m.k_proj"]).find("m.qkv_proj", QKV)
+    found, absent = ModelPaths(tree("m.qkv_proj"), ["m.q_proj", "m.k_proj"]).members("m.qkv_proj", QKV)
     assert (found, absent) == (("m.q_proj", "m.k_proj"), ("m.v_proj",))
 
 
@@ -60,19 +63,19 @@ def test_the_nearest_complete_mapping_counts() -> None:
     model = give(tree("outer.inner.kv"), "outer", packed_modules_mapping={"kv": ["k", "v"]})
     give(model, "outer.inner", packed_modules_mapping={"kv": ["k", "v", "absent"]})
     paths = ModelPaths(model, ["outer.inner.k", "outer.inner.v"])
-    assert paths.find("outer.inner.kv", {}) == (("outer.inner.k", "outer.inner.v"), ())
+    assert paths.members("outer.inner.kv", {}) == (("outer.inner.k", "outer.inner.v"), ())
 
 
 def test_no_substring_is_taken_for_a_name() -> None:
     paths = ModelPaths(tree("m.o_proj"), ["m.o_proj_extra", "xm.o_proj", "m.o_proj.linear"])
-    assert paths.find("m.o_proj", QKV) == ((), ())
+    assert paths.members("m.o_proj", QKV) == ((), ())
 
 
 def test_renames_of_the_model_itself() -> None:
     mapper = WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model.", "model.visual.": None})
     model = give(tree("language_model.model.up"), hf_to_vllm_mapper=mapper)
     paths = ModelPaths(model, ["model.language_model.up", "model.visual.up"])
-    assert paths.find("language_model.model.up", {}) == (("model.language_model.up",), ())
+    assert paths.members("language_model.model.up", {}) == (("model.language_model.up",), ())
     assert paths.paths_of("model.visual.up") == []
 
 
@@ -82,7 +85,7 @@ def test_renames_level_by_level() -> None:
     give(model, hf_to_vllm_mapper=WeightsMapper(orig_to_new_prefix={"llm.": "language_model."}))
     give(model, "language_model", hf_to_vllm_mapper=WeightsMapper(orig_to_new_substr={"mixer": "mamba"}))
     paths = ModelPaths(model, ["llm.layers.0.mixer.in_proj"])
-    assert paths.find("language_model.layers.0.mamba.in_proj", {}) == (("llm.layers.0.mixer.in_proj",), ())
+    assert paths.members("language_model.layers.0.mamba.in_proj", {}) == (("llm.layers.0.mixer.in_proj",), ())
 
 
 def test_a_rename_is_applied_once_at_each_level() -> None:
@@ -97,7 +100,7 @@ def test_shards_of_stacked_renames() -> None:
     stacked = {f".{shard}_proj": (".qkv_proj", shard) for shard in "vkq"}
     model = give(tree("m.qkv_proj"), "m", hf_to_vllm_mapper=WeightsMapper(orig_to_new_stacked=stacked))
     paths = ModelPaths(model, ["m.x.v_proj", "m.x.k_proj", "m.x.q_proj"])
-    assert paths.find("m.x.qkv_proj", {}) == (("m.x.q_proj", "m.x.k_proj", "m.x.v_proj"), ())
+    assert paths.members("m.x.qkv_proj", {}) == (("m.x.q_proj", "m.x.k_proj", "m.x.v_proj"), ())
 
 
 def test_a_module_that_is_loaded_into_two_members() -> None:
@@ -105,14 +108,14 @@ def test_a_module_that_is_loaded_into_two_members() -> None:
     stacked = {".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", ["k", "v"])}
     model = give(tree("m.qkv_proj"), hf_to_vllm_mapper=WeightsMapper(orig_to_new_stacked=stacked))
     paths = ModelPaths(model, ["m.k_proj", "m.q_proj"])
-    assert paths.find("m.qkv_proj", {}) == (("m.q_proj", "m.k_proj", "m.k_proj"), ())
+    assert paths.members("m.qkv_proj", {}) == (("m.q_proj", "m.k_proj", "m.k_proj"), ())
 
 
 def test_a_module_that_is_cut_into_several_members() -> None:
     """The shard id may be a tuple: one module for the first three members, another for the last."""
     stacked = {".in_z": (".in_all", 3), ".in_qkv": (".in_all", (0, 1, 2))}
     model = give(tree("m.in_all"), hf_to_vllm_mapper=WeightsMapper(orig_to_new_stacked=stacked))
-    assert ModelPaths(model, ["m.in_z", "m.in_qkv"]).find("m.in_all", {}) == (("m.in_qkv", "m.in_z"), ())
+    assert ModelPaths(model, ["m.in_z", "m.in_qkv"]).members("m.in_all", {}) == (("m.in_qkv", "m.in_z"), ())
 
 
 def test_order_of_shards() -> None:
@@ -135,8 +138,8 @@ def work(layers: int, monkeypatch: pytest.MonkeyPatch) -> int:
         count += 1
         return original(self, key)
 
-    class Modules(dict[str, nn.Module]):
-        def __getitem__(self, key: str) -> nn.Module:
+    class Modules(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
             nonlocal count
             count += 1
             return super().__getitem__(key)
@@ -151,12 +154,14 @@ def work(layers: int, monkeypatch: pytest.MonkeyPatch) -> int:
     model = give(tree(*fused), "model", hf_to_vllm_mapper=WeightsMapper(orig_to_new_substr={"nothing": "else"}))
     with monkeypatch.context() as patch:
         patch.setattr(WeightsMapper, "_map_name_with_shard", counting)
-        paths = ModelPaths(model, [])
-        paths._modules = Modules(paths._modules)
+        renames = Renames(model)
+        renames._modules = Modules(renames._modules)
         for name in names:
-            list(paths._paths(name))
+            list(renames.places(name))
+        paths = ModelPaths(model, names)
+        paths._packed = Modules(paths._packed)
         for path in fused:
-            paths.find(path, QKV)
+            paths.members(path, QKV)
     return count
 
 

@@ -2,71 +2,84 @@
 
 While a model is being built, vLLM names each layer by a prefix that is only a hint: for some architectures it is empty
 or differs from the module's path, and the mapping of fused modules may be completed later. What counts is where the
-loader will put a tensor (naming.py), so layers that were decided otherwise are made again.
+loader will put a tensor (paths.py), so layers that were decided otherwise are made again.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from quant_core import LayerQuant, LayerResolutionError, LimitError, UnknownLayerError
+from quant_core import LayerQuant, LayerResolutionError, LimitError, UnknownLayerError, require_scheme_class
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.methods.choice import method_for
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
-from vllm_ascend_quant.naming import ModelPaths
-from vllm_ascend_quant.probing import ask_loader
+from vllm_ascend_quant.placement.paths import without_prefix
+from vllm_ascend_quant.placement.probing import ask_loader
+from vllm_ascend_quant.served_model import ServedModel
 
 logger = init_logger("vllm.ascend_quant")
 
 
-@dataclass(frozen=True)
-class Settlement:
-    """What was decided about a built model.
-
-    Attributes:
-        remade: whether any layer was made again.
-        paths: where the loader puts each checkpoint module.
-
-    """
-
-    remade: bool
-    paths: ModelPaths
-
-
-def settle_layers(model: nn.Module, config: AscendQuantizationConfig) -> Settlement:
+def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizationConfig, prefix: str = "") -> bool:
     """Decide each layer of a built model by its path; make those again that were decided otherwise.
+
+    Args:
+        model: as vLLM built it.
+        served: its owner, which gets the decisions.
+        config: answered while the model was built, so it has what vLLM handed over about names.
+        prefix: put before the model's names while it was built, as vLLM does for draft models.
+
+    Returns:
+        whether any layer was made again.
 
     Raises:
         QuantError: if a layer cannot be decided or served, or quantised weights would belong to no layer.
 
     """
-    assert config.format is not None
-    paths = ModelPaths(model, list(config.format.folder.modules))
     unknown: dict[str, LinearBase] = {}
     experts: dict[str, str] = {}
     remade = False
-    config.layers.clear()
     for layer, places in _modules_with_paths(model):
         if isinstance(layer, LinearBase):
-            path, quant = _decide(layer, places, paths, config)
+            path, quant = _decide(layer, places, served, config, prefix)
             if quant is None:
                 unknown[path] = layer
                 continue
-            config.layers[path] = quant
-            remade |= _apply_decision(path, layer, quant, config)
+            remade |= _apply_decision(path, layer, quant, served)
         elif isinstance(layer, VocabParallelEmbedding):
-            remade |= _settle_vocabulary(layer, places, paths, config)
+            remade |= _decide_vocabulary(layer, places, served)
         elif isinstance(layer, compat.expert_layer_class()):
             experts |= {compat.expert_prefix(layer, path): path for path in places}
-    for prefix, stored in paths.below(experts).items():
-        config.refuse_quantised(experts[prefix], "moe", stored)
+    for above, stored in served.paths.below(experts).items():
+        _refuse_quantised(served, experts[above], "moe", stored)
     if unknown:
-        remade |= _settle_left_over(model, unknown, config)
-    return Settlement(remade, paths)
+        remade |= _decide_left_over(model, unknown, served)
+    for layer, _ in _modules_with_paths(model):
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, AscendLinearMethod):
+            method.made_up = served.made_up
+    return remade
+
+
+def _refuse_quantised(served: ServedModel, name: str, layer_type: str, modules: Iterable[str]) -> None:
+    """Refuse layers of a kind that no scheme serves yet, if the checkpoint quantises them.
+
+    Raises:
+        UnsupportedSchemeError: names type and layer.
+
+    """
+    for module in modules:
+        try:
+            quant = served.resolve(module, (module,))
+        except UnknownLayerError:
+            continue  # tensors that are no module's weight, and that the description leaves out
+        if quant.quant_type is not None:
+            require_scheme_class(quant.quant_type, layer_type, where=f"{name} ({quant.evidence[0]})")
 
 
 def _modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
@@ -78,13 +91,13 @@ def _modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
 
 
 def _decide(
-    layer: LinearBase, places: list[str], paths: ModelPaths, config: AscendQuantizationConfig
+    layer: LinearBase, places: list[str], served: ServedModel, config: AscendQuantizationConfig, prefix: str
 ) -> tuple[str, LayerQuant | None]:
     """The path under which the loader fills a layer, and the format's answer; None if the checkpoint lacks it."""
-    found = ((place, *paths.find(place, config.packed_modules_mapping)) for place in places)
+    found = ((place, *served.paths.members(place, config.packed_modules_mapping)) for place in places)
     path, modules, absent = next((answer for answer in found if answer[1]), (places[0], (), ()))
     try:
-        quant = config.resolve(path, modules or _modules_by_hint(layer, config))
+        quant = served.resolve(path, modules or _modules_by_hint(without_prefix(layer.prefix, prefix), config))
     except UnknownLayerError:
         quant = None
     if quant is not None and quant.quant_type is not None and absent:
@@ -97,24 +110,21 @@ def _decide(
     return path, quant
 
 
-def _settle_vocabulary(
-    layer: VocabParallelEmbedding, places: list[str], paths: ModelPaths, config: AscendQuantizationConfig
-) -> bool:
+def _decide_vocabulary(layer: VocabParallelEmbedding, places: list[str], served: ServedModel) -> bool:
     """Whether a head or an embedding was made again. Those that the checkpoint lacks are float, or tied."""
     remade = False
     _check_own_weight(layer, places[0])
     for path in places:
-        modules = paths.stored_at.get(path, ())
+        modules = served.paths.stored_at.get(path, ())
         try:
-            quant = config.resolve(path, modules) if modules else None
+            quant = served.resolve(path, modules) if modules else None
         except UnknownLayerError:
             quant = None
         if quant is None:
             continue  # not described, or tied
         if quant.quant_type is not None and len(places) > 1:
             raise _tied(path, places)
-        config.layers[path] = quant
-        remade |= _apply_decision(path, layer, quant, config)
+        remade |= _apply_decision(path, layer, quant, served)
     return remade
 
 
@@ -139,20 +149,22 @@ def _tied(path: str, layers: list[str]) -> LimitError:
     )
 
 
-def _modules_by_hint(layer: LinearBase, config: AscendQuantizationConfig) -> tuple[str, ...]:
+def _modules_by_hint(name: str, config: AscendQuantizationConfig) -> tuple[str, ...]:
     """For loaders that rename by code of their own: to most likely the name that vLLM gave while building."""
     try:
-        modules = config.find(layer.prefix, config.packed_modules_mapping)
+        modules = config.find(name)
     except LayerResolutionError:
         modules = ()
     if not modules:
-        raise UnknownLayerError(f"{layer.prefix}: no module of the checkpoint has this name")
+        raise UnknownLayerError(f"{name}: no module of the checkpoint has this name")
     return modules
 
 
 def _apply_decision(
-    path: str, layer: LinearBase | VocabParallelEmbedding, quant: LayerQuant, config: AscendQuantizationConfig
+    path: str, layer: LinearBase | VocabParallelEmbedding, quant: LayerQuant, served: ServedModel
 ) -> bool:
+    """Take note of a decision; whether the layer had to be made again for it."""
+    served.layers[path] = quant
     method = layer.quant_method
     if isinstance(method, AscendLinearMethod):
         method.name = path
@@ -165,7 +177,7 @@ def _apply_decision(
     for name in list(layer._parameters):
         if name != "bias":
             delattr(layer, name)
-    layer.quant_method = config.method(layer, path, quant)
+    layer.quant_method = method_for(layer, path, served.format, quant)
     layer.quant_method.create_weights(
         layer,
         *compat.weight_sizes(layer),
@@ -176,26 +188,24 @@ def _apply_decision(
     return True
 
 
-def _settle_left_over(model: nn.Module, unknown: dict[str, LinearBase], config: AscendQuantizationConfig) -> bool:
+def _decide_left_over(model: nn.Module, unknown: dict[str, LinearBase], served: ServedModel) -> bool:
     """Layers without weights are the model's affair, unless its loader puts quantised weights there, or fails to."""
-    assert config.format is not None
-    claimed = {module for quant in config.layers.values() for module in quant.modules}
+    claimed = {module for quant in served.layers.values() for module in quant.modules}
     left = [
         form
-        for module, form in config.format.folder.modules.items()
-        if module not in claimed and form.has("weight") and config.resolve(module, (module,)).quant_type is not None
+        for module, form in served.modules.items()
+        if module not in claimed and form.has("weight") and served.resolve(module, (module,)).quant_type is not None
     ]
     answer = ask_loader(model, unknown, left)
     remade = False
     for path, modules in answer.stored_at.items():
-        config.layers[path] = config.resolve(path, modules)
-        remade |= _apply_decision(path, unknown.pop(path), config.layers[path], config)
+        remade |= _apply_decision(path, unknown.pop(path), served.resolve(path, modules), served)
     if answer.refused and unknown:
         module, complaint = next(iter(answer.refused.items()))
         raise LayerResolutionError(
             f"{len(unknown)} linear layers of the model have no weights in the checkpoint: {listing(unknown)}",
             found=f"quantised modules that belong to no layer: {listing(answer.refused)}",
-            where=f"{config.format.folder.path}; the model's loader says of {module}: {complaint}",
+            where=f"{served.format.folder.path}; the model's loader says of {module}: {complaint}",
             todo="check that config.json describes the model that was quantised; if it does, report the architecture",
         )
     return remade

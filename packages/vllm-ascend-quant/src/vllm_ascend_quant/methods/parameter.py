@@ -16,7 +16,7 @@ class AscendParameter(BasevLLMParameter):
     """A local, fused parameter that knows how each member is cut, checks what arrives, and records it.
 
     Attributes:
-        plan: sizes, axes and members.
+        stored_layout: sizes, axes and members.
         owner: the layer's name, for messages.
         filled: the members that were loaded. Shared by vLLM's shallow copies of the parameter, which is wanted:
             a reload loads through copies. It never steers copying.
@@ -32,7 +32,7 @@ class AscendParameter(BasevLLMParameter):
 
     def __init__(self, layout: ParamLayout, owner: str, weight_loader: Callable[..., None]) -> None:
         super().__init__(data=self.data, weight_loader=weight_loader)
-        self.plan = layout
+        self.stored_layout = layout
         self.owner = owner
         self.filled: set[int] = set()
         self.vocabulary = (0, 0)
@@ -42,12 +42,12 @@ class AscendParameter(BasevLLMParameter):
     @property
     def output_dim(self) -> int | None:
         """vLLM's name for the axis of output features."""
-        return self.plan.param.output_dim
+        return self.stored_layout.param.output_dim
 
     @property
     def input_dim(self) -> int | None:
         """vLLM's name for the axis of input features."""
-        return self.plan.param.input_dim
+        return self.stored_layout.param.input_dim
 
     def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
         """The one member of a column-parallel layer."""
@@ -74,30 +74,30 @@ class AscendParameter(BasevLLMParameter):
     def load_vocabulary_weight(self, loaded_weight: torch.Tensor) -> None:
         """This rank's rows of a vocabulary, padded with what dummy weights get."""
         self._fits(0, loaded_weight)
-        axis = self.plan.param.output_dim
+        axis = self.stored_layout.param.output_dim
         if axis is None:
             self._load(0, loaded_weight, 0)
             return
-        (first, end), step, size = self.vocabulary, self.plan.param.output_step, self.shape[axis]
+        (first, end), step, size = self.vocabulary, self.stored_layout.param.output_step, self.shape[axis]
         rows = loaded_weight.narrow(axis, first // step, (end - first) // step)
         filled = rows.shape[axis]
         self.data.narrow(axis, 0, filled).copy_(rows)
-        self.data.narrow(axis, filled, size - filled).fill_(self.plan.param.dummy or 0)
+        self.data.narrow(axis, filled, size - filled).fill_(self.stored_layout.param.dummy or 0)
         self.filled.add(0)
 
     def missing(self) -> list[int]:
         """Members that were not loaded."""
-        return [i for i in range(len(self.plan.members)) if i not in self.filled]
+        return [i for i in range(len(self.stored_layout.members)) if i not in self.filled]
 
     def parts(self) -> list[torch.Tensor]:
         """What each member loaded."""
-        if self.plan.axis is None:
+        if self.stored_layout.axis is None:
             return list(self.data)
-        parts = [self.plan.member(i) for i in range(len(self.plan.members))]
-        return [self.data.narrow(self.plan.axis, part.start, part.stop - part.start) for part in parts]
+        parts = [self.stored_layout.member(i) for i in range(len(self.stored_layout.members))]
+        return [self.data.narrow(self.stored_layout.axis, part.start, part.stop - part.start) for part in parts]
 
     def _load(self, member: int, loaded: torch.Tensor, output_part: int) -> None:
-        layout, param = self.plan, self.plan.members[member]
+        layout, param = self.stored_layout, self.stored_layout.members[member]
         if loaded.dim() == 0 and param.shape:
             loaded = loaded.reshape(1)
         self._fits(member, loaded)
@@ -116,10 +116,10 @@ class AscendParameter(BasevLLMParameter):
         self.filled.add(member)
 
     def _fits(self, member: int, loaded: torch.Tensor) -> None:
-        param = self.plan.members[member]
+        param = self.stored_layout.members[member]
         if tuple(loaded.shape) != param.shape or not param.takes(loaded.dtype):
             raise LoadError(
-                f"{self.owner}: {self.plan.name} of member {member} does not fit",
+                f"{self.owner}: {self.stored_layout.name} of member {member} does not fit",
                 found=f"{loaded.dtype} {list(loaded.shape)}",
                 expected=f"{param.dtype} {list(param.shape)}",
                 todo="load weights of the type and size that the model was started with",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from quant_core import StoredForm
-from vllm_ascend_quant.naming import in_shard_order
+from vllm_ascend_quant.placement.paths import in_shard_order
 
 
 @dataclass

@@ -1,0 +1,76 @@
+"""Choosing the quantisation method from the files of a model, before vLLM builds its configuration."""
+
+from typing import Any
+
+from quant_core import CheckpointError, CheckpointFolder, Detection, list_formats
+from vllm_ascend_quant.files import hub
+
+
+def choose_method(engine_args: Any) -> None:
+    """Set `quantization` of the engine arguments if a format recognises the model; contradict a wrong value.
+
+    Raises:
+        CheckpointError: if another method was asked for than the model's, by argument or by config.json, or a method
+            of ours for a model that is not in its format.
+
+    """
+    folder = hub.look_up(_named(engine_args, engine_args.model, engine_args.revision))
+    if folder is not None:
+        engine_args.quantization = _method(folder, engine_args.quantization, "--quantization")
+
+
+def choose_draft_method(engine_args: Any) -> None:
+    """The same for the model of a speculative draft, if it is named; raises as `choose_method`."""
+    settings: dict[str, Any] = engine_args.speculative_config or {}
+    model = settings.get("model") or engine_args.spec_model
+    if model is None:
+        return
+    revision, asked = settings.get("revision"), settings.get("quantization")
+    # Offline, vLLM replaces the name of a target by its folder, and leaves that of a draft.
+    folder = hub.look_up(_named(engine_args, model, revision)) or CheckpointFolder.locate(model, revision=revision)
+    method = None if folder is None else _method(folder, asked, "the speculative config")
+    if method != asked and method is not None:
+        engine_args.speculative_config = {**settings, "quantization": method}
+
+
+def _named(engine_args: Any, model: Any, revision: str | None) -> hub.NamedModel:
+    return hub.NamedModel(str(model), revision, engine_args.hf_token, engine_args.download_dir)
+
+
+def _method(folder: CheckpointFolder, asked: str | None, asked_by: str) -> str | None:
+    """vLLM's name of the method of a folder; what was asked for if it is no format of ours."""
+    formats = list_formats()
+    try:
+        found = [d for d in (fmt.detect(folder) for fmt in formats.values()) if d is not None]
+    except hub.UnreachableError:
+        return asked
+    if not found:
+        for quant_format in formats.values():
+            if quant_format.vllm_name == asked:
+                quant_format.load(folder)  # says what is wrong with the files
+        return asked
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder.path} is recognised as {len(found)} formats",
+            found="; ".join(detection.reason for detection in found),
+            todo="move the files of all but one format out of the folder",
+        )
+    method = formats[found[0].format].vllm_name
+    _contradict(asked, method, found[0], asked_by, "leave the argument out")
+    _contradict(
+        folder.declared_method,
+        method,
+        found[0],
+        "config.json",
+        "remove quantization_config from config.json if the weights are those of the description",
+    )
+    return method
+
+
+def _contradict(claimed: str | None, method: str, detection: Detection, claimed_by: str, todo: str) -> None:
+    if claimed is not None and claimed != method:
+        raise CheckpointError(
+            f"{claimed_by} asks for the method {claimed!r}, but this is a {detection.format} checkpoint ({method!r})",
+            where=detection.reason,
+            todo=todo,
+        )

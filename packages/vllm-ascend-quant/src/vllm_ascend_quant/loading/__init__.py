@@ -1,0 +1,1 @@
+"""What was loaded and what was not, at the first load and at every reload."""

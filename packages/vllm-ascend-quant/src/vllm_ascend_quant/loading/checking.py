@@ -1,0 +1,129 @@
+"""Seeing that everything was loaded, at the first load and at every reload.
+
+vLLM checks this for unquantised models only: a quantised one starts and answers nonsense when a tensor is absent.
+"""
+
+from torch import nn
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+from quant_core import LoadError
+from quant_core.errors import listing
+from vllm_ascend_quant import compat
+from vllm_ascend_quant.loading.explaining import layers_hint
+from vllm_ascend_quant.loading.floats import filled_in_parts, linear_layers, unfilled
+from vllm_ascend_quant.loading.stream import give_up
+from vllm_ascend_quant.methods.linear import AscendLinearMethod
+from vllm_ascend_quant.served_model import ServedModel
+
+
+def check_loaded(model: nn.Module, served: ServedModel) -> None:
+    """After the first load, before processing.
+
+    Raises:
+        LoadError: lists the parameters that nothing was loaded into, or tensors that the model has no place for.
+
+    """
+    called, reported = served.loading.take()
+    in_parts = {id(param) for layer in filled_in_parts(model).values() for param in layer.parameters(recurse=False)}
+    inside: set[frozenset[str]] = set()
+    others: set[frozenset[str]] = set()
+    for aliases, param in _parameters_with_names(model):
+        if not _exempt(model.get_submodule(aliases[0].rpartition(".")[0]), param):
+            (inside if id(param) in in_parts else others).add(frozenset(aliases))
+    # These are seen to by what they hold: some models fill more of them than they report.
+    certain = {aliases for aliases in inside if not aliases.isdisjoint(reported or ())}
+    served.loading.expected = frozenset(others | certain)
+    if not called:
+        return
+    check_biases(model, served)
+    absent = unfilled(model, served)
+    absent += [min(aliases) for aliases in others if reported is not None and reported.isdisjoint(aliases)]
+    if absent:
+        raise LoadError(
+            f"{len(absent)} of the model's parameters were not loaded: {listing(absent)}",
+            where=served.format.folder.path,
+            found=layers_hint(served.format),
+            todo="check that config.json describes the model whose weights these are, and that no file is missing",
+        )
+
+
+def check_reloaded(model: nn.Module, served: ServedModel) -> None:
+    """At the end of a reload, before vLLM puts the old weights back where nothing came.
+
+    Raises:
+        LoadError: lists what the reload left out. Layers that were left out keep their old weights.
+
+    """
+    loading = served.loading
+    called, reported = loading.take()
+    if not called:
+        return
+    absent = [min(aliases) for aliases in loading.expected if reported is not None and reported.isdisjoint(aliases)]
+    for path, layer in linear_layers(model).items():
+        if compat.incomplete_at_reload(layer) and not any(name.rpartition(".")[0] == path for name in absent):
+            method = layer.quant_method
+            # Of what vLLM loads itself, only the count of elements is known.
+            absent += (method.missing(layer) if isinstance(method, AscendLinearMethod) else []) or [f"a part of {path}"]
+    if absent:
+        give_up(model, served)
+        raise LoadError(
+            f"the reload left out {len(absent)} of the model's parameters: {listing(sorted(absent))}",
+            todo="send all tensors of the checkpoint; until then the engine holds a mixture of old and new weights",
+        )
+    check_biases(model, served)
+    loading.held = served.model_config.model
+
+
+def check_biases(model: nn.Module, served: ServedModel) -> None:
+    """Refuse `.bias` tensors for which the model has no parameter: vLLM's loaders drop them without a word.
+
+    Asked after loading, because a loader may make the parameter when it meets the tensor.
+
+    Raises:
+        LoadError: names the tensors.
+
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    lost = []
+    for module, places in _bias_places(served).items():
+        there = [modules[path] for path in places if path in modules]
+        if there and not any(_takes_bias(layer) for layer in there):
+            lost.append(f"{module}.bias")
+    if lost:
+        raise LoadError(
+            f"the model has no place for {len(lost)} bias tensors of the checkpoint: {listing(lost)}",
+            where=served.format.folder.path,
+            expected="modules with a bias; leaving these tensors out would change every result",
+            todo="biases of layers that the architecture has without come from msModelSlim's anti-outlier methods m1, "
+            "m2 and m4: quantise with another method, or these layers as W8A8, which keeps its bias elsewhere",
+        )
+
+
+def _takes_bias(layer: nn.Module) -> bool:
+    """Whether a bias that is stored for a layer has an effect: as its parameter, or inside what else is stored."""
+    method = getattr(layer, "quant_method", None)
+    folded = isinstance(method, AscendLinearMethod) and method.quant_method.folds_bias
+    return folded or getattr(layer, "bias", None) is not None
+
+
+def _bias_places(served: ServedModel) -> dict[str, list[str]]:
+    """The checkpoint modules with a `.bias` tensor, and the modules of the model where it may belong."""
+    owner = {module: path for path, quant in served.layers.items() for module in quant.modules}
+    return {
+        module: [owner[module]] if module in owner else served.paths.paths_of(module)
+        for module, form in served.modules.items()
+        if form.has("bias")
+    }
+
+
+def _parameters_with_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Each parameter once, with all its names: a loader reports it under any of them."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(param), ([], param))[0].append(name)
+    return list(found.values())
+
+
+def _exempt(module: nn.Module, param: nn.Parameter) -> bool:
+    """Parameters that no checkpoint needs to hold: cache scales with defaults, and empty placeholders."""
+    return param.numel() == 0 or isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)

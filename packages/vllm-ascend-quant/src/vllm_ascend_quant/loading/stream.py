@@ -1,0 +1,75 @@
+"""The stream of tensors that a model loads: the one place where it passes, at the first load and at every reload."""
+
+import functools
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant_core import QuantError
+from vllm_ascend_quant import compat
+from vllm_ascend_quant.loading.explaining import stopped
+from vllm_ascend_quant.loading.floats import check_rows, mark_unfilled
+from vllm_ascend_quant.loading.source import check_source
+from vllm_ascend_quant.methods.parameter import AscendParameter
+from vllm_ascend_quant.served_model import ServedModel
+
+
+def watch_loading(model: nn.Module, served: ServedModel) -> None:
+    """From now on, take note of what the model's `load_weights` is given and reports.
+
+    Whatever it raises becomes an error that names the tensor.
+
+    Raises:
+        LoadError: if float tensors would not fit.
+
+    """
+    original: Any = model.load_weights
+    started = served.model_config.model
+    reference = weakref.ref(model)  # the function becomes an attribute of the model
+
+    @functools.wraps(original)
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        last: list[tuple[str, torch.Tensor]] = []
+        loaded_model = reference()
+        assert loaded_model is not None, "its own method is running"
+        try:
+            other = check_source(served, started)
+            if other is not None:
+                check_rows(loaded_model, served, other)
+            reported = original(_noting(weights, last), *args, **kwargs)
+        except Exception as error:
+            failed = served.model_config.model
+            give_up(loaded_model, served)
+            if isinstance(error, (QuantError, MemoryError, torch.OutOfMemoryError)):
+                raise
+            raise stopped(served.format, failed, last, error) from error
+        loading = served.loading
+        loading.called = True
+        loading.reported = None if reported is None else (loading.reported or set()) | set(reported)
+        return reported
+
+    model.load_weights = load_weights  # type: ignore[assignment]
+    if not served.made_up:
+        check_rows(model, served, served.format)
+        mark_unfilled(model)
+
+
+def _noting(
+    weights: Iterable[tuple[str, torch.Tensor]], last: list[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same stream; `last` holds what was handed out last."""
+    for name, tensor in weights:
+        last[:] = [(name, tensor)]
+        yield name, tensor
+
+
+def give_up(model: nn.Module, served: ServedModel) -> None:
+    """Leave no half-done reload behind: the next one would count its tensors to this one's, or look into its folder."""
+    served.model_config.model = served.loading.held
+    for param in model.parameters():
+        if isinstance(param, AscendParameter):
+            param.filled.clear()
+    compat.abandon_reload(model)

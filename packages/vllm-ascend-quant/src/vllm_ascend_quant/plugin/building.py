@@ -1,0 +1,68 @@
+"""Building a model of ours: who answers while vLLM builds it, and what is decided once it exists."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from vllm.config import VllmConfig
+
+from quant_core import list_formats
+from vllm_ascend_quant import compat
+from vllm_ascend_quant.config import AscendQuantizationConfig, while_building
+from vllm_ascend_quant.files import loaders
+from vllm_ascend_quant.loading.explaining import explained
+from vllm_ascend_quant.loading.stream import watch_loading
+from vllm_ascend_quant.methods.norms import add_norm_biases
+from vllm_ascend_quant.placement.deciding import decide_layers
+from vllm_ascend_quant.served_model import ServedModel
+
+
+def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str = "", **kwargs: Any) -> nn.Module:
+    """Let vLLM build a model; one of ours is then decided layer by layer, and watched while it is loaded.
+
+    Raises:
+        QuantError: if the model does not fit the checkpoint, or a layer cannot be decided or served.
+
+    """
+    model_config = kwargs.get("model_config") or vllm_config.model_config
+    load_config = vllm_config.load_config
+    if model_config is not vllm_config.model_config:
+        load_config = draft_load_config(vllm_config)
+        vllm_config = with_own_config(vllm_config, model_config, load_config)
+    config = vllm_config.quant_config
+    if not isinstance(config, AscendQuantizationConfig):
+        with while_building(None):
+            return original(vllm_config, prefix=prefix, **kwargs)
+    assert config.format is not None, "vLLM calls maybe_update_config first"
+    with while_building(config, prefix), explained(config.format):
+        model = original(vllm_config, prefix=prefix, **kwargs)
+    made_up = not loaders.values_are_read(load_config.load_format)
+    served = ServedModel.of(model, config.format, model_config, made_up)
+    remade = decide_layers(model, served, config, prefix)
+    biased = add_norm_biases(model, served)
+    if remade or biased:
+        compat.record_for_reload(model)
+    watch_loading(model, served)
+    return model
+
+
+def with_own_config(vllm_config: Any, model_config: Any, load_config: Any) -> Any:
+    """The config under which a speculative draft is to be built, if it or its target is one of ours.
+
+    vLLM builds drafts that share weights or hidden states with their target (EAGLE, MTP) under the target's
+    `VllmConfig`, quantisation included. A draft is quantised as its own folder says, which may be not at all.
+    """
+    ours = {quant_format.vllm_name for quant_format in list_formats().values()}
+    if model_config.quantization not in ours and not isinstance(vllm_config.quant_config, AscendQuantizationConfig):
+        return vllm_config
+    # Not vLLM's `replace`: where no quantisation is given, that takes the target's again.
+    own = copy.copy(vllm_config)
+    own.quant_config = VllmConfig.get_quantization_config(model_config, load_config)
+    return own
+
+
+def draft_load_config(vllm_config: Any) -> Any:
+    """How a draft that is built under its target's config gets its weights."""
+    own = getattr(vllm_config.speculative_config, "draft_load_config", None)
+    return own or vllm_config.load_config

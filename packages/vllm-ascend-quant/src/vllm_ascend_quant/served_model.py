@@ -1,0 +1,108 @@
+"""One model that vLLM built from a checkpoint of ours, and everything that is known about it.
+
+vLLM copies, pickles and shares a `QuantizationConfig`: a speculative draft is built with its target's, and a reload
+needs what was decided long before. So decisions belong to the built model. They live as long as it does.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from vllm.logger import init_logger
+
+from quant_core import LayerQuant, LayerQuery, QuantFormat, StoredForm
+from vllm_ascend_quant.placement.paths import ModelPaths
+
+logger = init_logger("vllm.ascend_quant")
+
+
+@dataclass
+class Loading:
+    """How the loading of one model stands.
+
+    Attributes:
+        held: what vLLM's `ModelConfig.model` was when weights were last loaded without an error.
+        called: whether the model's `load_weights` was called since the last check; it is not for made-up weights.
+        reported: the parameters that it reported; None where a model does not report.
+        expected: the parameters that every load must fill, each by all its names.
+
+    """
+
+    held: str
+    called: bool = False
+    reported: set[str] | None = None
+    expected: frozenset[frozenset[str]] = frozenset()
+
+    def take(self) -> tuple[bool, set[str] | None]:
+        """Whether there was a load since the last time, and what it reported; the next one starts anew."""
+        taken = self.called, self.reported
+        self.called, self.reported = False, None
+        return taken
+
+
+@dataclass
+class ServedModel:
+    """The owner of all that is decided and known about one built model. It does not hold the model itself.
+
+    Attributes:
+        format: the checkpoint that the model is served from.
+        model_config: vLLM's config of this model, whose `model` is the folder that weights are loaded from. A draft
+            has one of its own.
+        made_up: whether the weights' values mean nothing when they are processed (`load_format="dummy"`).
+        paths: where the loader puts each checkpoint module.
+        layers: what was decided about each layer, by module path.
+        loading: how the loading stands.
+
+    """
+
+    format: QuantFormat
+    model_config: Any
+    made_up: bool
+    paths: ModelPaths
+    loading: Loading
+    layers: dict[str, LayerQuant] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, quant_format: QuantFormat, model_config: Any, made_up: bool) -> "ServedModel":
+        """The owner for a model that was just built, remembered until the model is gone."""
+        paths = ModelPaths(model, list(stored_modules(quant_format)))
+        served = cls(quant_format, model_config, made_up, paths, Loading(model_config.model))
+        _served[model] = served
+        return served
+
+    @property
+    def modules(self) -> Mapping[str, StoredForm]:
+        """What the checkpoint stores, by module."""
+        return stored_modules(self.format)
+
+    def resolve(self, name: str, modules: Sequence[str]) -> LayerQuant:
+        """The format's answer about checkpoint modules; raises as QuantFormat.layer_quant."""
+        return self.format.layer_quant(LayerQuery(name, modules=tuple(modules)))
+
+    def log_report(self) -> None:
+        """One line per kind of layer."""
+        kinds = Counter(quant.quant_type or "FLOAT" for quant in self.layers.values())
+        for quant_type, count in sorted(kinds.items()):
+            logger.info("%s: %d layers %s", self.format.vllm_name, count, quant_type)
+
+
+_served: "weakref.WeakKeyDictionary[nn.Module, ServedModel]" = weakref.WeakKeyDictionary()
+
+
+def served_model(model: nn.Module) -> ServedModel | None:
+    """The owner of a model that vLLM built in this process; None for a model of no checkpoint of ours."""
+    return _served.get(model)
+
+
+def layers_served_from(quant_format: QuantFormat | None) -> Mapping[str, LayerQuant]:
+    """What was decided about the newest living model of this process that is served from an opened checkpoint."""
+    found = [served for served in _served.values() if served.format is quant_format]
+    return found[-1].layers if found else {}
+
+
+def stored_modules(quant_format: QuantFormat) -> Mapping[str, StoredForm]:
+    """What a checkpoint stores, by module: the one place that knows where a format keeps it."""
+    return quant_format.folder.modules
