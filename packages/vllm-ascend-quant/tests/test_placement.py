@@ -9,7 +9,7 @@ from torch import nn
 from vllm.model_executor.models.utils import WeightsMapper
 
 from quant_core import StoredForm
-from quant_core.schemes.context import StoredTensor
+from quant_core.stored import StoredTensor
 from vllm_ascend_quant.placement.paths import ModelPaths, Renames, in_shard_order
 from vllm_ascend_quant.placement.probing import ask_loader
 

@@ -82,7 +82,7 @@ class QuantError(Exception):
         **about: Any,
     ) -> None:
         texts = {"where": where, "found": found, "expected": expected, "todo": todo}
-        given = {name: str(text) for name, text in texts.items() if text is not None}
+        given: dict[str, Any] = {name: str(text) for name, text in texts.items() if text is not None}
         finding = Finding(what, error=type(self), **given, **about)
         self.findings = (finding,)
         super().__init__(_printable(str(finding)))

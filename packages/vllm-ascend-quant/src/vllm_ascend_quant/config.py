@@ -29,6 +29,7 @@ from quant_core import (
 from quant_core.names import ModuleNames
 from vllm_ascend_quant.compat import map_name
 from vllm_ascend_quant.methods.choice import method_for
+from vllm_ascend_quant.methods.linear import layer_class
 from vllm_ascend_quant.placement.paths import without_prefix
 from vllm_ascend_quant.served_model import layers_served_from, stored_modules
 
@@ -137,13 +138,13 @@ class AscendQuantizationConfig(QuantizationConfig):
         if config is None or config.format is None:
             return method_for(layer, prefix, None, None)
         name = prefix if build is None else without_prefix(prefix, build.prefix)
-        return method_for(layer, name, config.format, config.guess(name))
+        return method_for(layer, name, config.format, config.guess(name, layer_class(layer)))
 
-    def guess(self, name: str) -> LayerQuant | None:
+    def guess(self, name: str, kind: str = "Linear") -> LayerQuant | None:
         """What the format says of a layer by vLLM's name for it; None if that names nothing in the checkpoint."""
         assert self.format is not None, "vLLM calls maybe_update_config first"
         try:
-            return self.format.layer_quant(LayerQuery(name, modules=self.find(name)))
+            return self.format.layer_quant(LayerQuery(name, modules=self.find(name), layer_class=kind))
         except LayerResolutionError:
             return None
 

@@ -14,6 +14,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from quant_core import LayerQuant, LayerQuery, QuantFormat, StoredForm
+from vllm_ascend_quant.placement.guessing import guessed_modules
 from vllm_ascend_quant.placement.paths import ModelPaths
 
 logger = init_logger("vllm.ascend_quant")
@@ -68,7 +69,8 @@ class ServedModel:
     @classmethod
     def of(cls, model: nn.Module, quant_format: QuantFormat, model_config: Any, made_up: bool) -> "ServedModel":
         """The owner for a model that was just built, remembered until the model is gone."""
-        paths = ModelPaths(model, list(stored_modules(quant_format)))
+        modules = list(stored_modules(quant_format)) or guessed_modules(model, quant_format)
+        paths = ModelPaths(model, modules)
         served = cls(quant_format, model_config, made_up, paths, Loading(model_config.model))
         _served[model] = served
         return served
@@ -78,9 +80,9 @@ class ServedModel:
         """What the checkpoint stores, by module."""
         return stored_modules(self.format)
 
-    def resolve(self, name: str, modules: Sequence[str]) -> LayerQuant:
+    def resolve(self, name: str, modules: Sequence[str], layer_class: str = "Linear") -> LayerQuant:
         """The format's answer about checkpoint modules; raises as QuantFormat.layer_quant."""
-        return self.format.layer_quant(LayerQuery(name, modules=tuple(modules)))
+        return self.format.layer_quant(LayerQuery(name, modules=tuple(modules), layer_class=layer_class))
 
     def log_report(self) -> None:
         """One line per kind of layer."""
@@ -105,4 +107,4 @@ def layers_served_from(quant_format: QuantFormat | None) -> Mapping[str, LayerQu
 
 def stored_modules(quant_format: QuantFormat) -> Mapping[str, StoredForm]:
     """What a checkpoint stores, by module: the one place that knows where a format keeps it."""
-    return quant_format.folder.modules
+    return quant_format.modules

@@ -59,9 +59,9 @@ class Filling:
             )
 
     def missing(self) -> list[str]:
-        """The stored tensors that were not loaded."""
+        """The modules of which nothing was loaded."""
         return [
-            f"{name}.{self.layout.name}"
+            name
             for layer, names in enumerate(self.modules)
             for member, name in enumerate(names)
             if (layer, member) not in self.filled

@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 
 from quant_core import CheckpointError, CheckpointFolder, LimitError, LoadError
 from quant_core.errors import listing
-from quant_core.schemes.context import StoredTensor
+from quant_core.stored import StoredTensor
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant_core import QuantError
+from quant_core import QuantError, QuantFormat
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.loading.explaining import stopped
 from vllm_ascend_quant.loading.floats import check_rows, mark_unfilled
@@ -39,7 +39,7 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
             other = check_source(served, started)
             if other is not None:
                 check_rows(loaded_model, served, other)
-            reported = original(_noting(weights, last), *args, **kwargs)
+            reported = original(_canonical(weights, other or served.format, last), *args, **kwargs)
         except Exception as error:
             failed = served.model_config.model
             give_up(loaded_model, served)
@@ -57,13 +57,15 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
         mark_unfilled(model)
 
 
-def _noting(
-    weights: Iterable[tuple[str, torch.Tensor]], last: list[tuple[str, torch.Tensor]]
+def _canonical(
+    weights: Iterable[tuple[str, torch.Tensor]], quant_format: QuantFormat, last: list[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same stream; `last` holds what was handed out last."""
+    """The stream under canonical names, without what no layer needs; `last` holds what came last, as it came."""
     for name, tensor in weights:
         last[:] = [(name, tensor)]
-        yield name, tensor
+        canonical = quant_format.canonical_name(name)
+        if canonical is not None:
+            yield canonical, tensor
 
 
 def give_up(model: nn.Module, served: ServedModel) -> None:
@@ -71,5 +73,5 @@ def give_up(model: nn.Module, served: ServedModel) -> None:
     served.model_config.model = served.loading.held
     for param in model.parameters():
         if isinstance(param, AscendParameter):
-            param.filled.clear()
+            param.filling.filled.clear()
     compat.abandon_reload(model)

@@ -1,5 +1,6 @@
 """Vocabulary layers: a quantised `lm_head` multiplies as a linear layer, a quantised embedding looks rows up."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ class AscendEmbeddingMethod(AscendLinearMethod):
             self._check_rows(layer)
 
     def _check_rows(self, layer: nn.Module) -> None:
-        packed = [name for name, param in stored_parameters(layer).items() if param.stored_layout.param.output_step > 1]
-        plain = type(self.quant_method).dequantize is AscendLinearScheme.dequantize
+        packed = [name for name, param in stored_parameters(layer).items() if param.param.output_step > 1]
+        scheme = type(self.quant_method)
+        plain = scheme.dequantize is AscendLinearScheme.dequantize and scheme.stores is None
         if packed or plain:
             raise LimitError(
                 f"{self.name}: the rows of an embedding cannot be looked up in {self.quant.quant_type}",
@@ -53,8 +55,8 @@ class AscendEmbeddingMethod(AscendLinearMethod):
             super().make_run_time_form(layer)
             return
         stored = stored_parameters(layer)
-        self._axes = {name: param.stored_layout.param.output_dim for name, param in stored.items()}
-        hand_over(layer, [param.stored_layout for param in stored.values()], ())
+        self._axes = {name: param.param.output_dim for name, param in stored.items()}
+        hand_over(layer, [param.filling.layout for param in stored.values()], ())
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """The rows of the tokens [...], dequantised: [..., embedding size] in the model's dtype."""
@@ -69,6 +71,10 @@ class AscendEmbeddingMethod(AscendLinearMethod):
 
 class Rows:
     """Some rows of a layer's stored parameters, as attributes, in the place of the layer."""
+
+    def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """The rows of all parameters."""
+        yield from vars(self).items()
 
     def get_parameter(self, name: str) -> Tensor:
         """The rows of one parameter."""

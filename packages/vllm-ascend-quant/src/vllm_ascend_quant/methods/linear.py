@@ -1,7 +1,6 @@
 """Linear layers."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,21 +14,23 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from quant_core import (
     AscendLinearScheme,
     LayerQuant,
     LayerQuery,
     LimitError,
+    LinearSizes,
     LoadError,
     Partition,
     QuantFormat,
-    require_scheme_class,
+    create_scheme,
 )
 from quant_core.errors import listing
+from quant_core.schemes.filling import Filling
 from quant_core.schemes.handover import check_shared, hand_over
-from quant_core.schemes.params import layouts_of
+from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import absent_params, check_values, linear_params
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.methods.exact_tp import exact_tp_wanted, max_over_ranks
@@ -73,7 +74,7 @@ class AscendLinearMethod(LinearMethodBase):
         """Create the scheme, check it against limits and files, and register its parameters.
 
         Raises:
-            QuantError: as QuantFormat.create_scheme, and for sizes that cannot be cut.
+            QuantError: as quant_core.create_scheme, and for sizes that cannot be cut.
 
         """
         assert isinstance(layer, LinearBase)
@@ -94,18 +95,19 @@ class AscendLinearMethod(LinearMethodBase):
     def make_scheme(
         self, layer: nn.Module, input_size: int, local_sizes: list[int], params_dtype: torch.dtype
     ) -> AscendLinearScheme:
-        """The scheme for the layer, kept in `quant_method`; raises as QuantFormat.create_scheme."""
+        """The scheme for the layer, kept in `quant_method`; raises as quant_core.create_scheme."""
         query = LayerQuery(
             name=self.name,
-            input_size=input_size,
-            output_sizes=full_sizes(layer, local_sizes),
-            local_output_sizes=tuple(local_sizes),
+            layer_class=layer_class(layer),
+            modules=self.quant.modules,
+            sizes=LinearSizes(input_size, full_sizes(layer, local_sizes), tuple(local_sizes)),
             params_dtype=params_dtype,
             partition=_partition(layer),
             has_bias=getattr(layer, "has_bias", False),
             role=_role(),
         )
-        scheme = self.format.create_scheme(query, _one_module_per_member(self.quant, query))
+        self.quant = self.format.layer_quant(query)  # again: sizes may tell how something is packed
+        scheme = create_scheme(query, self.quant)
         assert isinstance(scheme, AscendLinearScheme)
         self.quant_method = scheme
         return scheme
@@ -120,7 +122,8 @@ class AscendLinearMethod(LinearMethodBase):
         scheme = self.quant_method
         self.absent = layouts_of(absent_params(scheme), scheme.context)
         for name, layout in layouts_of(linear_params(scheme), scheme.context).items():
-            layer.register_parameter(name, make_parameter(layout, self.name, loader))
+            filling = Filling(layout, self.name, scheme.context.modules)
+            layer.register_parameter(name, make_parameter(filling, loader))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that everything was loaded and makes sense, then let the scheme build its run-time form.
@@ -133,24 +136,28 @@ class AscendLinearMethod(LinearMethodBase):
             self.restored = False
             return
         stored = stored_parameters(layer)
-        if not self.made_up or any(param.filled for param in stored.values()):
+        if not self.made_up or any(param.filling.filled for param in stored.values()):
             self._check(layer)
         else:
             for param in stored.values():
                 compat.make_up(param)
         for param in stored.values():
-            param.filled.clear()
+            param.filling.filled.clear()
         self.make_run_time_form(layer)
 
     def make_run_time_form(self, layer: nn.Module) -> None:
         """Let the scheme process what was loaded."""
-        hand_over(layer, [param.stored_layout for param in stored_parameters(layer).values()], self.absent.values())
+        hand_over(layer, [param.filling.layout for param in stored_parameters(layer).values()], self.absent.values())
         self.quant_method.process_weights_after_loading(layer)
 
     def missing(self, layer: nn.Module) -> list[str]:
         """The stored tensors that were not loaded since the layer was last processed."""
-        shards = self.quant_method.context.shards
-        return [f"{shards[i].name}.{name}" for name, param in stored_parameters(layer).items() for i in param.missing()]
+        form = self.quant_method.context.form
+        return [
+            f"{module}.{form.spelling.get(name, name)}"
+            for name, param in stored_parameters(layer).items()
+            for module in param.filling.missing()
+        ]
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The scheme's output."""
@@ -166,10 +173,11 @@ class AscendLinearMethod(LinearMethodBase):
             )
         context = self.quant_method.context
         for name, param in stored_parameters(layer).items():
-            if param.stored_layout.axis is None:
+            if param.filling.layout.axis is None:
                 check_shared(context, name, param.data)
-            for shard, part in zip(context.shards, param.parts(), strict=True):
-                check_values(replace(context, shards=(shard,)), name, param.stored_layout.param, part)
+            for module, part in param.filling.parts(param.data):
+                tensor = f"{module}.{context.form.spelling.get(name, name)}"
+                check_values(self.name, [tensor], param.filling.layout.param, part)
 
 
 def stored_parameters(layer: nn.Module) -> dict[str, AscendParameter]:
@@ -177,26 +185,11 @@ def stored_parameters(layer: nn.Module) -> dict[str, AscendParameter]:
     return {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, AscendParameter)}
 
 
-def _one_module_per_member(quant: LayerQuant, query: LayerQuery) -> LayerQuant:
-    """The answer with a module repeated for each member that is cut from it, where a part of a layer is fused on disk.
-
-    Left as it is where sizes do not fit: whoever makes the scheme says what is wrong.
-    """
-    if not 1 < len(quant.modules) < len(query.output_sizes):
-        return quant
-    assert quant.quant_type is not None
-    scheme_class = require_scheme_class(quant.quant_type, query.layer_type, where=query.name)
-    assert issubclass(scheme_class, AscendLinearScheme)
-    members: list[int] = []
-    for index, form in enumerate(quant.stored):
-        _, rows = scheme_class.stored_sizes(form) or (0, 0)
-        while rows > 0 and len(members) < len(query.output_sizes):
-            rows -= query.output_sizes[len(members)]
-            members.append(index)
-        if rows != 0:
-            return quant
-    modules = tuple(quant.modules[index] for index in members)
-    return replace(quant, modules=modules, stored=tuple(quant.stored[index] for index in members))
+def layer_class(layer: nn.Module) -> str:
+    """The class of a layer in the words of configs."""
+    if isinstance(layer, ParallelLMHead):
+        return "lm_head"
+    return "Embedding" if isinstance(layer, VocabParallelEmbedding) else "Linear"
 
 
 def _partition(layer: nn.Module) -> Partition:

@@ -12,12 +12,20 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from quant_core import LayerQuant, LayerResolutionError, LimitError, UnknownLayerError, require_scheme_class
+from quant_core import (
+    LayerQuant,
+    LayerResolutionError,
+    LimitError,
+    UnknownLayerError,
+    raise_findings,
+    require_scheme_class,
+)
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.choice import method_for
-from vllm_ascend_quant.methods.linear import AscendLinearMethod
+from vllm_ascend_quant.methods.linear import AscendLinearMethod, layer_class
+from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.placement.paths import without_prefix
 from vllm_ascend_quant.placement.probing import ask_loader
 from vllm_ascend_quant.served_model import ServedModel
@@ -59,11 +67,21 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
         _refuse_quantised(served, experts[above], "moe", stored)
     if unknown:
         remade |= _decide_left_over(model, unknown, served)
+    _report(served)
     for layer, _ in _modules_with_paths(model):
         method = getattr(layer, "quant_method", None)
         if isinstance(method, AscendLinearMethod):
             method.made_up = served.made_up
     return remade
+
+
+def _report(served: ServedModel) -> None:
+    """Tell the format what was decided, and say what it finds odd about that."""
+    findings = list(served.format.review(served.layers))
+    for finding in findings:
+        if finding.severity == "warning":
+            logger.warning("%s", finding)
+    raise_findings(findings)
 
 
 def _refuse_quantised(served: ServedModel, name: str, layer_type: str, modules: Iterable[str]) -> None:
@@ -97,7 +115,8 @@ def _decide(
     found = ((place, *served.paths.members(place, config.packed_modules_mapping)) for place in places)
     path, modules, absent = next((answer for answer in found if answer[1]), (places[0], (), ()))
     try:
-        quant = served.resolve(path, modules or _modules_by_hint(without_prefix(layer.prefix, prefix), config))
+        modules = modules or _modules_by_hint(without_prefix(layer.prefix, prefix), config)
+        quant = served.resolve(path, modules, layer_class(layer))
     except UnknownLayerError:
         quant = None
     if quant is not None and quant.quant_type is not None and absent:
@@ -117,7 +136,7 @@ def _decide_vocabulary(layer: VocabParallelEmbedding, places: list[str], served:
     for path in places:
         modules = served.paths.stored_at.get(path, ())
         try:
-            quant = served.resolve(path, modules) if modules else None
+            quant = served.resolve(path, modules, layer_class(layer)) if modules else None
         except UnknownLayerError:
             quant = None
         if quant is None:
@@ -136,7 +155,8 @@ def _check_own_weight(layer: VocabParallelEmbedding, path: str) -> None:
     method = layer.quant_method
     name = method.name if isinstance(method, AscendLinearMethod) else None
     own = {param for param_name, param in layer.named_parameters(recurse=False) if param_name != "bias"}
-    if any(getattr(param, "owner", None) != name for param in own):
+    owners = {param.filling.owner if isinstance(param, AscendParameter) else None for param in own}
+    if owners - {name}:
         raise _tied(path, [path, "an embedding"])
 
 

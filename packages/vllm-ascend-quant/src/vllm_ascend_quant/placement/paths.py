@@ -38,7 +38,7 @@ class ModelPaths:
                         found[path].append((shard, module))
         self.stored_at: dict[str, tuple[str, ...]] = {path: in_shard_order(members) for path, members in found.items()}
         self._names = ModuleNames(self.stored_at)
-        self._packed = _packed_mappings(model)
+        self._packed = packed_mappings(model)
 
     def paths_of(self, module: str) -> list[str]:
         """The paths at which a checkpoint module may land."""
@@ -104,7 +104,7 @@ class Renames:
         return getattr(self._modules[path], "hf_to_vllm_mapper", None)
 
 
-def _packed_mappings(model: nn.Module) -> dict[str, PackedModules]:
+def packed_mappings(model: nn.Module) -> dict[str, PackedModules]:
     """The packed-modules mappings by the paths of the modules that have one."""
     found = (
         (path, getattr(module, "packed_modules_mapping", None))
