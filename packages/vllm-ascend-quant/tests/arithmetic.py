@@ -117,12 +117,16 @@ def inspect_layers(llm: Any) -> Layers:
     return Layers(claimed, quantised, unquantised, wrong)
 
 
-@torch.no_grad()
 def layer_weights(llm: Any) -> dict[str, Tensor]:
+    """What each linear layer of an engine's model multiplies by; see `weights_of`."""
+    return weights_of(llm.llm_engine.model_executor.driver_worker.get_model())
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What each linear layer multiplies by, [out, in], seen from outside: unit vectors quantise without error."""
     from vllm.model_executor.layers.linear import LinearBase
 
-    model = llm.llm_engine.model_executor.driver_worker.get_model()
     weights = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LinearBase) and not (hasattr(layer, "weight") and layer.weight.dim() == 3):

@@ -208,3 +208,17 @@ def test_a_loader_tells_what_it_does_in_code() -> None:
     assert "KeyError" in answer.refused["nowhere"]
     assert all(param is before[name] for name, param in model.named_parameters()), "the real parameters are back"
     assert all(torch.equal(param, values[name]) for name, param in model.named_parameters())
+
+
+class Collecting(Secretive):
+    """Looks at all tensors before it loads the first one."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights(list(weights))
+
+
+def test_a_loader_that_collects_first() -> None:
+    model = Collecting()
+    asked = [form(module) for module in ("disk.b", "other", "disk.a", "draft.a")]
+    answer = ask_loader(model, {"fused": model.fused, "other": model.other}, asked)
+    assert answer.stored_at == {"fused": ("disk.a", "disk.b"), "other": ("other",)}

@@ -36,6 +36,7 @@ def ask_loader(model: nn.Module, layers: Mapping[str, nn.Module], forms: Sequenc
     notes: dict[str, list[tuple[Any, str]]] = defaultdict(list)
     answer = LoaderAnswer()
     pending = list(forms)
+    handed_out: dict[int, tuple[str, torch.Tensor]] = {}
     at = ""
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,11 +44,15 @@ def ask_loader(model: nn.Module, layers: Mapping[str, nn.Module], forms: Sequenc
         while pending:
             form = pending.pop(0)
             at = form.module
-            yield f"{at}.weight", torch.empty(form.shape("weight", ()), device="meta")
+            weight = torch.empty(form.shape("weight", ()), device="meta")
+            handed_out[id(weight)] = at, weight
+            yield f"{at}.weight", weight
 
-    def take_note(path: str, shard: Any) -> None:
-        if (shard, at) not in notes[path]:
-            notes[path].append((shard, at))
+    def take_note(path: str, weight: torch.Tensor, shard: Any) -> None:
+        # Some loaders collect all tensors first; others load a part of the last one, which is a tensor of its own.
+        module, _ = handed_out.get(id(weight), (at, weight))
+        if (shard, module) not in notes[path]:
+            notes[path].append((shard, module))
 
     load_weights: Any = model.load_weights
     with _noting(layers, take_note):
@@ -68,8 +73,8 @@ def _noting(layers: Mapping[str, nn.Module], take_note: Any) -> Iterator[None]:
     for path, weight in real.items():
         noting: Any = nn.Parameter(torch.empty(weight.shape, device="meta"), requires_grad=False)
 
-        def load(_: Any, __: torch.Tensor, shard: Any = None, *, path: str = path, **___: Any) -> None:
-            take_note(path, shard)
+        def load(_: Any, weight: torch.Tensor, shard: Any = None, *, path: str = path, **__: Any) -> None:
+            take_note(path, weight, shard)
 
         noting.weight_loader = load
         layers[path].register_parameter("weight", noting)
