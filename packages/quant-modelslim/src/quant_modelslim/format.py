@@ -38,6 +38,7 @@ class ModelSlimFormat(QuantFormat):
     def __init__(self, folder: CheckpointFolder, description: Description) -> None:
         super().__init__(folder)
         self.description = description
+        self._alike: dict[tuple[object, ...], StoredForm] = {}
 
     @classmethod
     def detect(cls, folder: CheckpointFolder) -> Detection | None:
@@ -91,8 +92,16 @@ class ModelSlimFormat(QuantFormat):
         evidence = tuple(found)
         if quant_type == FLOAT:
             return LayerQuant(None, modules, evidence=evidence, reason=str(evidence[0]))
-        forms = (stated(form, quant_type, self.description, query) for form in self.stored_forms(modules))
-        return LayerQuant(quant_type, modules, tuple(forms), evidence)
+        forms = tuple(self._stated(form, quant_type, query) for form in self.stored_forms(modules))
+        return LayerQuant(quant_type, modules, forms, evidence)
+
+    def _stated(self, form: StoredForm, quant_type: str, query: LayerQuery) -> StoredForm:
+        """A module with what is stated of it: found out once for all that are alike, of which large models have many."""
+        kind = (quant_type, query.sizes, *((suffix, tensor.shape) for suffix, tensor in form.tensors.items()))
+        like = self._alike.get(kind)
+        if like is None:
+            like = self._alike[kind] = stated(form, quant_type, self.description, query)
+        return StoredForm(form.module, form.tensors, like.weight, like.input, like.transforms, form.spelling)
 
     def canonical_suffixes(self, form: StoredForm) -> Mapping[str, str | None]:
         """Scales in two stages are called otherwise."""
