@@ -96,7 +96,7 @@ class ModelSlimFormat(QuantFormat):
         return LayerQuant(quant_type, modules, forms, evidence)
 
     def _stated(self, form: StoredForm, quant_type: str, query: LayerQuery) -> StoredForm:
-        """A module with what is stated of it: found out once for all that are alike, of which large models have many."""
+        """A module with what is stated of it: found out once for all that are alike, since large models have many."""
         kind = (quant_type, query.sizes, *((suffix, tensor.shape) for suffix, tensor in form.tensors.items()))
         like = self._alike.get(kind)
         if like is None:
