@@ -207,8 +207,15 @@ def announce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         "SameMethod": "name, vllm_name = 'three', 'method'",
         "Nameless": "vllm_name = 'method'",
         "Methodless": "name = 'methodless'",
+        "Failing": "name, vllm_name = 'failing', 'failing'",
     }
-    sources = [f"class {name}(QuantFormat):\n    {body}" for name, body in classes.items()]
+    detect = {"Failing": "1 / 0"}
+    marked = "Detection(cls.name, 'marked') if folder.files('of-one') else None"
+    sources = [
+        f"class {name}(QuantFormat):\n    {body}\n    @classmethod\n    def detect(cls, folder):\n"
+        f"        return {detect.get(name, marked)}\n"
+        for name, body in classes.items()
+    ]
     (site / "announced_formats.py").write_text("\n\n".join(["from quant_core import *", *sources]))
 
     def write(distribution: str, value: str) -> None:
@@ -216,9 +223,11 @@ def announce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[{formats.ENTRY_POINT_GROUP}]\n{distribution} = {value}\n")
+        formats._announced.cache_clear()
 
     yield write
     sys.modules.pop("announced_formats", None)
+    formats._announced.cache_clear()
 
 
 def test_a_format_may_be_announced_twice(announce: Callable[[str, str], None]) -> None:
@@ -227,6 +236,7 @@ def test_a_format_may_be_announced_twice(announce: Callable[[str, str], None]) -
     listed = list_formats()
     assert listed["one"].__name__ == "One"
     assert list(listed) == sorted(listed)
+    assert formats.disputed_formats() == {}
 
 
 @pytest.mark.parametrize(
@@ -234,16 +244,23 @@ def test_a_format_may_be_announced_twice(announce: Callable[[str, str], None]) -
     [("Two", "two formats are called 'one'"), ("SameMethod", "two formats claim vLLM's method 'method'")],
 )
 def test_two_formats_that_claim_one_name(
-    second: str, told: str, announce: Callable[[str, str], None], folder: CheckpointFolder
+    second: str,
+    told: str,
+    announce: Callable[[str, str], None],
+    folder: CheckpointFolder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A warning; an error for a folder that one of them recognises."""
     announce("first", "announced_formats:One")
     announce("second", f"announced_formats:{second}")
-    for ask in (list_formats, lambda: detect_formats(folder)):
-        with pytest.raises(RegistrationError, match=told) as raised:
-            ask()
-        assert "announced_formats.One" in str(raised.value)
-        assert f"announced_formats.{second}" in str(raised.value)
-        assert "uninstall the package of one of them" in str(raised.value)
+    assert detect_formats(folder) == []
+    (folder.path / "of-one").touch()
+    with pytest.raises(RegistrationError, match=told) as raised:
+        detect_formats(folder)
+    for message in (str(raised.value), caplog.text):
+        assert "announced_formats.One" in message
+        assert f"announced_formats.{second}" in message
+        assert "uninstall the package of one of them" in message
 
 
 @pytest.mark.parametrize(
@@ -258,11 +275,35 @@ def test_two_formats_that_claim_one_name(
         ("nothing_of_this_name:One", "what third announces cannot be imported"),
     ],
 )
-def test_what_is_no_format(value: str, told: str, announce: Callable[[str, str], None]) -> None:
+def test_what_is_no_format(
+    value: str, told: str, announce: Callable[[str, str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning that names the package; the other formats are there."""
     announce("third", value)
-    with pytest.raises(RegistrationError, match=told) as raised:
-        list_formats()
-    assert f"{value!r}" in str(raised.value)
+    announce("first", "announced_formats:One")
+    assert "one" in list_formats()
+    assert "one" in list_formats()
+    assert caplog.text.count(told) == 1
+    assert f"{value!r}" in caplog.text
+    assert "uninstall third" in caplog.text
+
+
+def test_a_format_that_fails_to_look_at_a_folder(
+    announce: Callable[[str, str], None], folder: CheckpointFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stranger's mistake is no reason to refuse a model that may be none of its own."""
+    announce("third", "announced_formats:Failing")
+    assert detect_formats(folder) == []
+    assert "announced_formats.Failing cannot tell" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_entry_points_are_read_once(announce: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines ask at every layer, and some before every tensor."""
+    announce("first", "announced_formats:One")
+    list_formats()
+    monkeypatch.setattr(formats, "entry_points", None)
+    assert "one" in list_formats()
 
 
 EXPERTS = ExpertSizes(hidden_size=64, intermediate_size=32, num_experts=4, local_experts=(2, 3), activation="gelu")

@@ -27,10 +27,12 @@ A complete format, in a package of its own that announces it in the entry-point 
             return LayerQuant("W8A8_DYNAMIC", modules, stored, (evidence,))
 """
 
+import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Self
 
 from quant_core.checkpoint import CheckpointFolder
@@ -69,6 +71,7 @@ __all__ = [
     "QuantFormat",
     "create_scheme",
     "detect_formats",
+    "disputed_formats",
     "layer_context",
     "list_formats",
 ]
@@ -76,7 +79,7 @@ __all__ = [
 #: Entry-point group in which packages announce QuantFormat classes.
 ENTRY_POINT_GROUP = "quant_core.formats"
 
-_ONE_TOO_MANY = "uninstall the package of one of them"
+logger = logging.getLogger(__name__)
 
 
 class QuantFormat(ABC):
@@ -172,6 +175,9 @@ class QuantFormat(ABC):
 
     def review(self, decisions: Mapping[str, LayerQuant]) -> Iterable[Finding]:
         """What is odd about a checkpoint once all layers of a model are decided, such as a target without a layer.
+
+        Warnings rather than errors: a target model and its speculative draft may share a folder and are reviewed one by
+        one, so what has no layer in one of them may have one in the other.
 
         Args:
             decisions: the answer about each layer, by the engine's name of it. Told once, after the model is built.
@@ -341,36 +347,77 @@ def _members(quant: LayerQuant, sizes: Sequence[int]) -> list[int]:
 
 
 def list_formats() -> dict[str, type[QuantFormat]]:
-    """The installed formats by name.
+    """The installed formats by name, without those that their packages announce in vain; see `disputed_formats`."""
+    return dict(_announced()[0])
 
-    Raises:
-        RegistrationError: if a package announces something that is no format or cannot be imported, or two announce
-            one name or one method of vLLM.
 
+def disputed_formats() -> dict[str, RegistrationError]:
+    """Formats that share a name or a method of vLLM with another, by name: none of them may open a checkpoint."""
+    return dict(_announced()[1])
+
+
+@functools.cache
+def _announced() -> tuple[dict[str, type[QuantFormat]], dict[str, RegistrationError]]:
+    """What packages announce: read once in a process, because engines ask for it at every layer.
+
+    A fault of a package must not stop models that have nothing to do with it: it is told once, as a warning, and again
+    when a checkpoint is opened that may be meant.
     """
     formats: dict[str, type[QuantFormat]] = {}
+    disputed: dict[str, RegistrationError] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        found = load_announced(entry)
-        named = hasattr(found, "name") and hasattr(found, "vllm_name")
-        if not (isinstance(found, type) and issubclass(found, QuantFormat) and named):
-            raise RegistrationError(
-                f"entry point {entry.name!r} = {entry.value!r} is not a QuantFormat with a name and a vllm_name",
-                found=found,
-            )
+        try:
+            found = _announced_class(entry)
+        except RegistrationError as error:
+            logger.warning("%s", error)
+            continue
+        for other in [other for other in formats.values() if other is not found]:
+            same = "are called" if other.name == found.name else "claim vLLM's method"
+            if other.name == found.name or other.vllm_name == found.vllm_name:
+                error = RegistrationError(
+                    f"two formats {same} {(found.name if other.name == found.name else found.vllm_name)!r}",
+                    found=f"{origin(other)} and {origin(found)}",
+                    todo="uninstall the package of one of them",
+                )
+                disputed |= {other.name: error, found.name: error}
+                logger.warning("%s", error)
         formats.setdefault(found.name, found)
-        for other in formats.values():
-            if other is found:
-                continue
-            both = f"{origin(other)} and {origin(found)}"
-            if other.name == found.name:
-                raise RegistrationError(f"two formats are called {found.name!r}", found=both, todo=_ONE_TOO_MANY)
-            if other.vllm_name == found.vllm_name:
-                method = found.vllm_name
-                raise RegistrationError(f"two formats claim vLLM's method {method!r}", found=both, todo=_ONE_TOO_MANY)
-    return dict(sorted(formats.items()))
+    return dict(sorted(formats.items())), disputed
+
+
+def _announced_class(entry: EntryPoint) -> type[QuantFormat]:
+    found = load_announced(entry)
+    named = hasattr(found, "name") and hasattr(found, "vllm_name")
+    if not (isinstance(found, type) and issubclass(found, QuantFormat) and named):
+        raise RegistrationError(
+            f"entry point {entry.name!r} = {entry.value!r} is not a QuantFormat with a name and a vllm_name",
+            found=found,
+            todo=f"repair or uninstall {entry.dist.name if entry.dist else 'the package'}",
+        )
+    return found
 
 
 def detect_formats(folder: CheckpointFolder) -> list[Detection]:
-    """Every installed format that recognises the folder."""
-    found = (quant_format.detect(folder) for quant_format in list_formats().values())
-    return [detection for detection in found if detection is not None]
+    """Every installed format that recognises the folder.
+
+    A format that fails to look at it does not: what it raises is told as a warning.
+
+    Raises:
+        RegistrationError: if one of them shares its name or method with another.
+
+    """
+    detections = []
+    for name, quant_format in list_formats().items():
+        try:
+            found = quant_format.detect(folder)
+        except QuantError as error:  # of a folder that is damaged, and perhaps nobody's: whoever opens it says so
+            logger.info("%s cannot tell whether %s is in its format: %s", origin(quant_format), folder.path, error)
+            continue
+        except Exception as error:  # a stranger's code, which must not stop other models
+            logger.warning("%s cannot tell whether %s is in its format: %r", origin(quant_format), folder.path, error)
+            continue
+        if found is not None:
+            if name in disputed_formats():
+                raise disputed_formats()[name]
+            detections.append(found)
+    return detections

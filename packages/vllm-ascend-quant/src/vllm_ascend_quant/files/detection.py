@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quant_core import CheckpointError, CheckpointFolder, Detection, list_formats
+from quant_core import CheckpointError, CheckpointFolder, Detection, detect_formats, list_formats
 from vllm_ascend_quant.files import hub
 
 
@@ -40,10 +40,7 @@ def _named(engine_args: Any, model: Any, revision: str | None) -> hub.NamedModel
 def _method(folder: CheckpointFolder, asked: str | None, asked_by: str) -> str | None:
     """vLLM's name of the method of a folder; what was asked for if it is no format of ours."""
     formats = list_formats()
-    try:
-        found = [d for d in (fmt.detect(folder) for fmt in formats.values()) if d is not None]
-    except hub.UnreachableError:
-        return asked
+    found = detect_formats(folder)
     if not found:
         for quant_format in formats.values():
             if quant_format.vllm_name == asked:

@@ -1,17 +1,22 @@
 """The entry point that vLLM calls in every process."""
 
 from quant_core import list_formats
-from vllm_ascend_quant.compat import check_version
+from vllm_ascend_quant.compat import UnsupportedVllmError, check_version
 
 
 def register() -> None:
     """Register each installed format under its vLLM name, and wrap what vLLM has no hook for. Re-entrant.
 
-    Raises:
-        UnsupportedVllmError: for a vLLM that this package does not know.
-
+    Models that are none of ours are not to notice: a fault of a stranger's package or a vLLM that this package does not
+    know is a warning, and an error only when a checkpoint is opened that has to do with it.
     """
-    check_version()
+    try:
+        check_version()
+    except UnsupportedVllmError as error:
+        from vllm_ascend_quant.plugin.unsupported import refuse_ours
+
+        refuse_ours(error)
+        return
     # After the check: these import parts of vLLM whose place may differ in other versions.
     from vllm.model_executor.layers.quantization import register_quantization_config
 
