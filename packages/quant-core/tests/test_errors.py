@@ -5,7 +5,15 @@ import pickle
 import pytest
 
 import quant_core
-from quant_core import CheckpointError, LimitError, QuantError, UnknownLayerError
+from quant_core import (
+    CheckpointError,
+    Finding,
+    LimitError,
+    QuantError,
+    UnknownLayerError,
+    UnsupportedSchemeError,
+    raise_findings,
+)
 from quant_core.errors import LayerResolutionError, listing
 
 ERRORS = [error for error in vars(quant_core).values() if isinstance(error, type) and issubclass(error, QuantError)]
@@ -20,6 +28,31 @@ def test_a_message_says_what_where_found_expected_and_what_to_do() -> None:
         "  expected: 4",
         "  what to do: write it again",
     ]
+
+
+def test_an_error_carries_its_finding_with_all_fields() -> None:
+    error = CheckpointError("odd", where="a", found=3, todo="that", file="a.json", layer="l.0", tensor="l.0.weight")
+    (finding,) = error.findings
+    assert (finding.what, finding.where, finding.found, finding.todo) == ("odd", "a", "3", "that")
+    assert (finding.file, finding.layer, finding.tensor) == ("a.json", "l.0", "l.0.weight")
+    assert (finding.severity, finding.error) == ("error", CheckpointError)
+    again = pickle.loads(pickle.dumps(error))
+    assert again.findings == error.findings
+
+
+def test_findings_are_raised_together_and_what_is_in_many_places_once() -> None:
+    absent = [Finding("a and b differ", where="x", found=f"t{i} is absent", error=CheckpointError) for i in range(25)]
+    other = Finding("no such type", error=UnsupportedSchemeError, also=("m1", "m2"))
+    odd = Finding("a target without a layer", severity="warning")
+    with pytest.raises(UnsupportedSchemeError) as raised:
+        raise_findings([other, odd, *absent])
+    text = str(raised.value)
+    assert raised.value.findings == (other, *absent)
+    start = "no such type\n  also: m1, m2\na and b differ in 25 places\n  where: x\n  found: t0 is absent\n"
+    assert text.startswith(start)
+    assert text.endswith("    and 5 more")
+    assert "target" not in text
+    raise_findings([odd])  # nothing to raise
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -13,8 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from quant_core import (
+    AttentionContext,
+    AttentionSizes,
+    CheckpointError,
     CheckpointFolder,
     Evidence,
+    ExpertsContext,
+    ExpertSizes,
     LayerQuant,
     LayerQuery,
     LimitError,
@@ -23,6 +28,7 @@ from quant_core import (
     Partition,
     QuantFormat,
     RegistrationError,
+    StoredForm,
     UnsupportedSchemeError,
     WeightForm,
     create_scheme,
@@ -72,8 +78,9 @@ def folder(tmp_path: Path) -> CheckpointFolder:
 def query(*modules: str, **options: Any) -> LayerQuery:
     """A question about a layer of these modules."""
     names = ("input_size", "output_sizes", "local_output_sizes")
-    given = {key: options.pop(key) for key in names if key in options}
-    return LayerQuery(name="layer", modules=modules, sizes=LinearSizes(**given) if given else None, **options)
+    if given := {key: options.pop(key) for key in names if key in options}:
+        options["sizes"] = LinearSizes(**given)
+    return LayerQuery(name="layer", modules=modules, **options)
 
 
 def test_a_format_recognises_its_folders(example: type[QuantFormat], folder: CheckpointFolder, tmp_path: Path) -> None:
@@ -256,3 +263,44 @@ def test_what_is_no_format(value: str, told: str, announce: Callable[[str, str],
     with pytest.raises(RegistrationError, match=told) as raised:
         list_formats()
     assert f"{value!r}" in str(raised.value)
+
+
+EXPERTS = ExpertSizes(hidden_size=64, intermediate_size=32, num_experts=4, local_experts=(2, 3), activation="gelu")
+ATTENTION = AttentionSizes(num_heads=8, num_kv_heads=2, head_size=16, value_head_size=16, local_heads=(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "sizes", "kind"), [("moe", EXPERTS, ExpertsContext), ("attention", ATTENTION, AttentionContext)]
+)
+def test_the_sizes_of_a_layer_that_is_not_linear(layer_type: str, sizes: Any, kind: type) -> None:
+    """They come from the engine; what the files hold does not have to tell them."""
+    quant = LayerQuant("SOME_TYPE", ("a", "b"), (StoredForm("a"), StoredForm("b")))
+    context = layer_context(query("a", "b", layer_type=layer_type, sizes=sizes, role="decode"), quant)
+    assert isinstance(context, kind)
+    assert (context.sizes, context.name, context.role, len(context.stored)) == (sizes, "layer", "decode", 2)
+    for wrong in (None, LinearSizes(64, (32,))):
+        with pytest.raises(LimitError, match=f"a scheme for {layer_type} layers needs the sizes of one"):
+            layer_context(query("a", "b", layer_type=layer_type, sizes=wrong), quant)
+
+
+def test_suffixes_of_a_format(example: type[QuantFormat], tmp_path: Path) -> None:
+    """One map, for the headers and for the stream; messages use the format's own names."""
+
+    class Renaming(example):  # type: ignore[misc, valid-type]
+        def canonical_suffixes(self, form: StoredForm) -> dict[str, str | None]:
+            return {"weight_packed": "weight", "weight_shape": None}
+
+    names = ("weight_packed", "weight_shape", "weight_scale")
+    save_file({f"a.{name}": torch.zeros(4, 1) for name in names}, tmp_path / "model.safetensors")
+    read = Renaming.load(CheckpointFolder(tmp_path))
+    (form,) = read.stored_forms(["a"])
+    assert sorted(form.tensors) == ["weight", "weight_scale"]
+    assert form.tensors["weight"].name == "a.weight_packed"
+    assert (form.name_of("weight"), form.name_of("weight_offset")) == ("a.weight_packed", "a.weight_offset")
+    told = {name: read.canonical_name(f"a.{name}") for name in names}
+    assert told == {"weight_packed": "a.weight", "weight_shape": None, "weight_scale": "a.weight_scale"}
+    assert read.canonical_name("b.weight_packed") == "b.weight_packed"  # no module of the files
+
+    save_file({"a.weight_packed": torch.zeros(4, 1), "a.weight": torch.zeros(4, 1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"a stores the same twice: a.weight.* and a.weight"):
+        _ = Renaming.load(CheckpointFolder(tmp_path)).modules

@@ -1,4 +1,4 @@
-"""Every writer's names and habits (formats/modelslim.md, sections 1 to 3): all of them mean the same model."""
+"""Every writer's names and habits (docs/formats/modelslim.md, sections 1 to 3): all of them mean the same model."""
 
 from collections.abc import Callable
 from pathlib import Path

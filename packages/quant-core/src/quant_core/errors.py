@@ -95,8 +95,7 @@ class QuantError(Exception):
 def raise_findings(findings: Iterable[Finding]) -> None:
     """Raise all errors among findings as one; nothing if there is none.
 
-    Of several it is a LoadError if one of them is, else of the first one's class. What was found in many places is
-    told once.
+    It is of the first one's class. What was found in many places is told once.
 
     Raises:
         QuantError: carries the findings.
@@ -105,11 +104,10 @@ def raise_findings(findings: Iterable[Finding]) -> None:
     errors = tuple(finding for finding in findings if finding.severity == "error")
     if not errors:
         return
-    kinds = [finding.error or QuantError for finding in errors]
     texts = [str(finding) for finding in _merged(errors)]
     more = f"\nand {len(texts) - _IN_FULL} more of this kind" if len(texts) > _IN_FULL else ""
     message = _printable("\n".join(texts[:_IN_FULL]) + more)
-    raise _restored(LoadError if LoadError in kinds else kinds[0], (message,), errors)
+    raise _restored(errors[0].error or QuantError, (message,), errors)
 
 
 def _merged(findings: Sequence[Finding]) -> list[Finding]:

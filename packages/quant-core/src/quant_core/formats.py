@@ -2,7 +2,9 @@
 
 A complete format, in a package of its own that announces it in the entry-point group `quant_core.formats`:
 
-    from quant_core import Detection, Evidence, LayerQuant, QuantFormat
+    from dataclasses import replace
+
+    from quant_core import Detection, Evidence, LayerQuant, QuantFormat, WeightForm
 
     class EverythingInt8(QuantFormat):
         name = "everything-int8"
@@ -19,8 +21,10 @@ A complete format, in a package of its own that announces it in the entry-point 
 
         def layer_quant(self, query):
             modules = query.modules or (query.name,)
+            int8 = WeightForm(num_bits=8, strategy="channel")
+            stored = tuple(replace(form, weight=int8) for form in self.stored_forms(modules))
             evidence = Evidence("config.json", "everything_int8", "true")
-            return LayerQuant("W8A8_DYNAMIC", modules, self.stored_forms(modules), (evidence,))
+            return LayerQuant("W8A8_DYNAMIC", modules, stored, (evidence,))
 """
 
 from abc import ABC, abstractmethod

@@ -1,6 +1,6 @@
 """`quant_model_description*.json`: one flat object of global keys and one type per tensor.
 
-Writers and their dialects: formats/modelslim.md, sections 1 to 3.
+Writers and their dialects: docs/formats/modelslim.md, sections 1 to 3.
 """
 
 from collections.abc import Collection, Mapping

@@ -18,7 +18,7 @@ from quant_core import (
 )
 from quant_core.names import ModuleNames
 from quant_modelslim.description import NAME, PATTERN, WEIGHTS, Description
-from quant_modelslim.resolve import agreed_type, module_type, unknown
+from quant_modelslim.resolve import agreed_type, attention_type, module_type, unknown
 from quant_modelslim.stating import canonical_suffixes, stated
 from quant_modelslim.type_names import FLOAT
 from quant_modelslim.validate import examine
@@ -38,6 +38,7 @@ class ModelSlimFormat(QuantFormat):
     def __init__(self, folder: CheckpointFolder, description: Description) -> None:
         super().__init__(folder)
         self.description = description
+        self._alike: dict[tuple[object, ...], StoredForm] = {}
 
     @classmethod
     def detect(cls, folder: CheckpointFolder) -> Detection | None:
@@ -69,30 +70,46 @@ class ModelSlimFormat(QuantFormat):
             yield from error.findings
 
     def layer_quant(self, query: LayerQuery) -> LayerQuant:
-        """The type of the modules that the layer stands for, which must agree.
+        """The type of the modules that the layer stands for, which must agree; of an attention layer that of its cache.
 
         Raises:
             UnknownLayerError: if the checkpoint has none of them.
             LayerResolutionError: if they disagree or are only partly there.
 
         """
+        if query.layer_type == "attention":
+            modules = query.modules or (query.name,)
+            found = attention_type(self.description, self.modules, modules)
+            if found is None:
+                return LayerQuant(None, modules, reason=f"{self.description.file} names no type for its cache")
+            return LayerQuant(found[0], modules, self.stored_forms(modules), found[1:])
+        return self._linear_quant(query)
+
+    def _linear_quant(self, query: LayerQuery) -> LayerQuant:
         modules = query.modules or self._names.find(query.name, query.packed_modules) or self._described(query)
         types: dict[str, str] = {}  # one module may stand for several members
-        found: list[Evidence] = []
+        evidence: list[Evidence] = []
         for module in modules:
             known = module_type(self.description, self.folder, module) if module not in types else None
             if known is not None:
                 types[module] = known[0]
-                found.append(known[1])
+                evidence.append(known[1])
         absent = [module for module in modules if module not in types]
         if absent:
             raise unknown(query.name, absent, self.description, self.folder)
         quant_type = agreed_type(types, query.name)
-        evidence = tuple(found)
         if quant_type == FLOAT:
-            return LayerQuant(None, modules, evidence=evidence, reason=str(evidence[0]))
-        forms = (stated(form, quant_type, self.description, query) for form in self.stored_forms(modules))
-        return LayerQuant(quant_type, modules, tuple(forms), evidence)
+            return LayerQuant(None, modules, evidence=tuple(evidence), reason=str(evidence[0]))
+        forms = tuple(self._stated(form, quant_type, query) for form in self.stored_forms(modules))
+        return LayerQuant(quant_type, modules, forms, tuple(evidence))
+
+    def _stated(self, form: StoredForm, quant_type: str, query: LayerQuery) -> StoredForm:
+        """A module with what is stated of it: found out once for all that are alike, since large models have many."""
+        kind = (quant_type, query.sizes, *((suffix, tensor.shape) for suffix, tensor in form.tensors.items()))
+        like = self._alike.get(kind)
+        if like is None:
+            like = self._alike[kind] = stated(form, quant_type, self.description, query)
+        return StoredForm(form.module, form.tensors, like.weight, like.input, like.transforms, form.spelling)
 
     def canonical_suffixes(self, form: StoredForm) -> Mapping[str, str | None]:
         """Scales in two stages are called otherwise."""

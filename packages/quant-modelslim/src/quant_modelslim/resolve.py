@@ -10,13 +10,14 @@ from quant_core import (
     CheckpointFolder,
     Evidence,
     LayerResolutionError,
+    StoredForm,
     UnknownLayerError,
     UnsupportedSchemeError,
     detect_formats,
 )
 from quant_core.errors import listing
-from quant_modelslim.description import NAME, Description
-from quant_modelslim.type_names import FLOAT, FLOAT_TYPES
+from quant_modelslim.description import ATTENTION_TYPE, NAME, Description
+from quant_modelslim.type_names import CACHE_SUFFIXES, FLOAT, FLOAT_TYPES
 
 #: Dtypes that no float tensor has.
 QUANTISED_DTYPES = frozenset({torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
@@ -46,6 +47,29 @@ def module_type(description: Description, folder: CheckpointFolder, module: str)
     if not is_float(weight.dtype):
         raise undescribed([module], description, folder)
     return FLOAT, Evidence(weight.file, weight.name, f"{dtype_name(weight.dtype)}, no key in {description.file}")
+
+
+def attention_type(
+    description: Description, forms: Mapping[str, StoredForm], modules: Iterable[str]
+) -> tuple[str, Evidence] | None:
+    """The type of an attention module's computation or cache, and the entry that says so; None if nothing names one.
+
+    Args:
+        description: says it of the module itself (`<module>.quant_type`), or of tensors of its projections.
+        forms: the modules of the files.
+        modules: the attention module, with the projections below it.
+
+    """
+    for module in modules:
+        said = description.attention_types.get(module)
+        if said is not None:
+            return said, Evidence(description.file, f"{module}.{ATTENTION_TYPE}", said)
+        for below in (f"{module}.{name}" for name in ("k_proj", "v_proj")):
+            for suffix in CACHE_SUFFIXES if below in forms else ():
+                said = description.types.get(f"{below}.{suffix}")
+                if said is not None and said not in FLOAT_TYPES:
+                    return said, Evidence(description.file, f"{below}.{suffix}", said)
+    return None
 
 
 def agreed_type(types: Mapping[str, str], layer: str) -> str:

@@ -1,7 +1,7 @@
 """The numbers by which operators name dtypes.
 
 A dtype argument reaches a kernel as an int: torch's ScalarType below 256, or 256 plus CANN's aclDataType
-(operators.md, section 0).
+(docs/operators.md, section 0).
 """
 
 import torch

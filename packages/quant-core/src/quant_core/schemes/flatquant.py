@@ -2,7 +2,7 @@
 
 A token x of k features is read as a matrix X [L, R], L · R = k, and becomes X' = left_transᵀ · X · right_trans; the
 weight was turned the other way when the checkpoint was written. A layer with left_trans alone has the rest of its
-transform inside the layer before it (formats/modelslim.md, section 6).
+transform inside the layer before it (docs/formats/modelslim.md, section 6).
 """
 
 import math

@@ -66,7 +66,7 @@ def same_kind(params: Sequence[Param]) -> bool:
 
 
 def float_values(stored: torch.Tensor) -> torch.Tensor:
-    """A stored scale as float32: int64 holds the bits of a float32 in its low half (formats/modelslim.md, 4.1)."""
+    """A stored scale as float32: int64 holds the bits of a float32 in its low half (docs/formats/modelslim.md, 4.1)."""
     if stored.dtype == torch.int64:
         return stored.to(torch.int32).view(torch.float32)
     return stored.to(torch.float32)

@@ -1,4 +1,4 @@
-"""Products of FP8 and FP4 matrices (operators.md, sections 4 and 8).
+"""Products of FP8 and FP4 matrices (docs/operators.md, sections 4 and 8).
 
 Weights may come decoded, which is ours: looking their codes up at each call takes longer than a product of few rows.
 An FP8 weight is then bfloat16, which has all values of E4M3, an FP4 weight int8 with twice the values of E2M1.

@@ -1,4 +1,4 @@
-"""FP8 activations with a scale per token (operators.md, section 5)."""
+"""FP8 activations with a scale per token (docs/operators.md, section 5)."""
 
 import torch
 from torch import Tensor

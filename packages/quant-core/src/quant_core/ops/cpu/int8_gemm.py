@@ -1,7 +1,7 @@
 """The exact product of two int8 matrices on this processor.
 
 A fast int8 product is wrong on some processors: without VNNI, oneDNN multiplies u8 by s8 in pairs that saturate at 16
-bits, silently (operators.md, section 4). On others it is right but a plain loop, many times slower than float32. So
+bits, silently (docs/operators.md, section 4). Others are right, and many times slower than float32. So
 each candidate is tried once per process on the values that would saturate, and the fastest of those that are right
 serves: which one that is depends on the number of rows.
 """

@@ -1,4 +1,4 @@
-"""FlatQuant's transform of the activations, with the quantisation that follows it (operators.md, section 3)."""
+"""FlatQuant's transform of the activations, with the quantisation that follows it (docs/operators.md, section 3)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Quantised matrix products (operators.md, section 4)."""
+"""Quantised matrix products (docs/operators.md, section 4)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Microscaling quantisation of activations (operators.md, section 8)."""
+"""Microscaling quantisation of activations (docs/operators.md, section 8)."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
 """Quantising activations, and encoding scales.
 
 Arithmetic is float32 whatever the input; rounding is to nearest, ties to even; codes saturate before the cast, which
-in torch would wrap (operators.md, sections 2 and 5).
+in torch would wrap (docs/operators.md, sections 2 and 5).
 """
 
 from collections.abc import Iterator

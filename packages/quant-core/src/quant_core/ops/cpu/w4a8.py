@@ -1,4 +1,4 @@
-"""int8 activations times int4 weights in groups of 256 (operators.md, sections 4 and 6)."""
+"""int8 activations times int4 weights in groups of 256 (docs/operators.md, sections 4 and 6)."""
 
 import torch
 from torch import Tensor

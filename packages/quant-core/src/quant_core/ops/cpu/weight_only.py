@@ -1,4 +1,4 @@
-"""Products of floating activations with an integer weight (operators.md, section 7)."""
+"""Products of floating activations with an integer weight (docs/operators.md, section 7)."""
 
 from collections.abc import Callable
 

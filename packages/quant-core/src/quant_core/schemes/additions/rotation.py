@@ -1,7 +1,7 @@
 """Online rotations (QuaRot, LAOS): the input is multiplied by orthogonal matrices before it is quantised.
 
 The weights were rotated the other way when the checkpoint was written, so the product is unchanged, but outliers are
-spread (formats/modelslim.md, section 6).
+spread (docs/formats/modelslim.md, section 6).
 """
 
 from torch import Tensor, nn

@@ -114,8 +114,8 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
                 expected="a bias tensor beside it, from which it can be computed again",
                 todo="quantise the model again in bfloat16",
             )
-        # quant_bias = rint(b / deq_scale - input_offset · Σ q) (formats/modelslim.md, 4.1); of the sum over all input
-        # features, each rank of a row-parallel layer adds its own part.
+        # quant_bias = rint(b / deq_scale - input_offset · Σ q) (docs/formats/modelslim.md, 4.1); of the sum over all
+        # input features, each rank of a row-parallel layer adds its own part.
         offsets = self._per_row(layer.get_parameter("input_offset").data.to(torch.float64))
         value = -offsets * layer.get_parameter("weight").data.sum(dim=1, dtype=torch.int64)
         if not elsewhere:
