@@ -32,7 +32,8 @@ def imported() -> dict[str, set[str]]:
 
 def layers() -> list[str]:
     """The rows of the module map, as prefixes of module names."""
-    rows = re.findall(r"^\| `([a-z_/.]+)`(?: \(the rest\))? \|", MAP.read_text(encoding="utf-8"), re.MULTILINE)
+    text = MAP.read_text(encoding="utf-8").partition(f"/src/{NAME}/`")[2].partition("Imports point one way")[0]
+    rows = re.findall(r"^\| `([a-z_/.]+)`(?: \(the rest\))? \|", text, re.MULTILINE)
     return [row.removesuffix("/").removesuffix(".py").replace("/", ".") for row in rows]
 
 

@@ -1,5 +1,6 @@
 """What differs between vLLM's versions. No other module knows one."""
 
+import copy
 import importlib
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,15 @@ def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:
 def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
     """A tensor's name and shard id by a model's `WeightsMapper`; None if the mapper drops the tensor."""
     return mapper._map_name_with_shard(name)  # type: ignore[no-any-return]
+
+
+def for_quant_config(model_config: Any) -> Any:
+    """A model config as `get_quant_config` takes it: vLLM 0.28 refuses a draft's, whose overrides are a function."""
+    if not callable(model_config.hf_overrides):
+        return model_config
+    plain = copy.copy(model_config)
+    plain.hf_overrides = {}
+    return plain
 
 
 def module_level(path: str) -> tuple[Any, str]:

@@ -95,7 +95,8 @@ def _named(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs:
 
 
 def _download(original: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
-    config = original(model_config, load_config)
+    taken = compat.for_quant_config(model_config) if _ours(model_config.quantization) else model_config
+    config = original(taken, load_config)
     if isinstance(config, AscendQuantizationConfig):
         config.open_folder = functools.partial(loaders.open_folder, model_config, load_config)
     return config
