@@ -368,8 +368,8 @@ def _announced() -> tuple[dict[str, type[QuantFormat]], dict[str, RegistrationEr
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             found = _announced_class(entry)
-        except RegistrationError as error:
-            logger.warning("%s", error)
+        except RegistrationError as fault:
+            logger.warning("%s", fault)
             continue
         for other in [other for other in formats.values() if other is not found]:
             same = "are called" if other.name == found.name else "claim vLLM's method"
