@@ -36,7 +36,7 @@ from quant_core import (
     formats,
     list_formats,
 )
-from quant_core.formats import layer_context
+from quant_core.judging import layer_context
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod as Dynamic
 
 

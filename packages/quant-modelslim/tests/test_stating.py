@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quant_core import LayerQuery, LinearSizes, LoadError, Packing, StoredForm, StoredTensor, create_scheme
+from quant_core.formats import respelled
 from quant_core.queries import LayerQuant
 from quant_modelslim.description import Description, GlobalKeys
 from quant_modelslim.stating import canonical_suffixes, stated
@@ -62,8 +63,7 @@ def test_two_stages_have_canonical_names(rows: int, packing: Any) -> None:
         weight_scale_second=torch.ones(8, 4),
         weight_offset_second=torch.zeros(8, 4, dtype=torch.int64),
     )
-    names = canonical_suffixes(raw, Description("d.json", {"m.weight": "W4A8_DYNAMIC"}))
-    form = StoredForm("m", {names.get(s, s): t for s, t in raw.tensors.items()})
+    form = respelled(raw, canonical_suffixes(raw, Description("d.json", {"m.weight": "W4A8_DYNAMIC"})))
     found = stated(form, "W4A8_DYNAMIC", PACKS, query())
     assert found.weight is not None
     assert (found.weight.outer, found.weight.strategy, found.weight.group_size) == ("channel", "group", 16)

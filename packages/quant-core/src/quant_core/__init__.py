@@ -25,10 +25,10 @@ from quant_core.formats import (
     LayerQuant,
     LayerQuery,
     QuantFormat,
-    create_scheme,
     detect_formats,
     list_formats,
 )
+from quant_core.judging import create_scheme
 from quant_core.schemes import params
 from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, AscendMoEScheme, Scheme
 from quant_core.schemes.context import (

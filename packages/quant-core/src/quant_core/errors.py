@@ -6,7 +6,7 @@ expect a ValueError for sizes that cannot work.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 #: Findings that one message tells in full, and lines of one that was found in many places.
@@ -122,7 +122,7 @@ def _merged(findings: Sequence[Finding]) -> list[Finding]:
         if len(group) > 1:
             more = [f"and {len(places) - _PLACES} more"] if len(places) > _PLACES else []
             found = "\n    ".join([*places[:_PLACES], *more])
-            first = Finding(f"{first.what} in {len(group)} places", first.where, found, first.expected, first.todo)
+            first = replace(first, found=found)
         merged.append(first)
     return merged
 

@@ -33,33 +33,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from quant_core.checkpoint import CheckpointFolder
-from quant_core.errors import (
-    CheckpointError,
-    Finding,
-    LimitError,
-    LoadError,
-    QuantError,
-    RegistrationError,
-    UnsupportedSchemeError,
-)
+from quant_core.errors import CheckpointError, Finding, QuantError, RegistrationError
+from quant_core.judging import create_scheme
 from quant_core.queries import Detection, Evidence, LayerQuant, LayerQuery
-from quant_core.schemes.base import AscendLinearScheme, Scheme
-from quant_core.schemes.composed import compose, reasons_against
-from quant_core.schemes.context import (
-    AttentionContext,
-    AttentionSizes,
-    ExpertsContext,
-    ExpertSizes,
-    LayerContext,
-    LinearContext,
-    LinearSizes,
-    Shard,
-)
-from quant_core.schemes.registry import load_announced, origin, require_scheme_class
-from quant_core.schemes.verify import verify_stored
+from quant_core.schemes.base import Scheme
+from quant_core.schemes.registry import load_announced, origin
 from quant_core.stored import StoredForm, StoredTensor
 
 __all__ = [
@@ -69,10 +50,8 @@ __all__ = [
     "LayerQuant",
     "LayerQuery",
     "QuantFormat",
-    "create_scheme",
     "detect_formats",
     "disputed_formats",
-    "layer_context",
     "list_formats",
 ]
 
@@ -222,128 +201,6 @@ def respelled(form: StoredForm, suffixes: Mapping[str, str | None]) -> StoredFor
             )
     spelling = {canonical: suffix for suffix, canonical in suffixes.items() if canonical is not None}
     return StoredForm(form.module, tensors, spelling=spelling)
-
-
-def create_scheme(query: LayerQuery, quant: LayerQuant) -> Scheme:
-    """The scheme for a format's answer about a quantised layer: the one place that judges whether it can be served.
-
-    Raises:
-        UnsupportedSchemeError: if no scheme is registered for the type, or it cannot serve this form of it.
-        LoadError: if the files do not hold what the scheme loads.
-        LimitError: if the engine has more or fewer members than the checkpoint.
-
-    """
-    assert quant.quant_type is not None
-    where = "; ".join(str(evidence) for evidence in quant.evidence[:3]) or None
-    scheme_class = require_scheme_class(quant.quant_type, query.layer_type, where=f"{query.name} ({where})")
-    context = layer_context(query, quant)
-    reasons = reasons_against(scheme_class, context)
-    if reasons:
-        raise UnsupportedSchemeError(
-            f"{query.name}: the type {quant.quant_type} cannot be served here",
-            where=where,
-            found="; ".join(reasons),
-            layer=query.name,
-        )
-    scheme = compose(scheme_class, context)
-    if isinstance(scheme, AscendLinearScheme):
-        verify_stored(scheme)
-    return scheme
-
-
-def layer_context(query: LayerQuery, quant: LayerQuant) -> LayerContext:
-    """The scheme's view of a layer. Sizes of a linear layer that the engine did not give are read off the headers.
-
-    Raises:
-        LoadError: if neither tells the sizes.
-        LimitError: if the engine has more or fewer members than the checkpoint, or gave sizes of another kind of layer.
-
-    """
-    common: dict[str, Any] = {
-        "name": query.name,
-        "params_dtype": query.params_dtype,
-        "stored": quant.stored,
-        "partition": query.partition,
-        "role": query.role,
-    }
-    sizes, wanted = query.sizes, _SIZES[query.layer_type]
-    if wanted is LinearSizes and isinstance(sizes, LinearSizes | None):
-        sizes = _completed(sizes or LinearSizes(), query, quant)
-    if not isinstance(sizes, wanted):
-        raise LimitError(
-            f"{query.name}: a scheme for {query.layer_type} layers needs the sizes of one",
-            found=type(sizes).__name__,
-            expected=wanted.__name__,
-            layer=query.name,
-        )
-    if isinstance(sizes, ExpertSizes):
-        return ExpertsContext(sizes=sizes, **common)
-    if isinstance(sizes, AttentionSizes):
-        return AttentionContext(sizes=sizes, **common)
-    members = _members(quant, sizes.output_sizes)
-    local = sizes.local_output_sizes or sizes.output_sizes
-    if not len(members) == len(sizes.output_sizes) == len(local):
-        raise LimitError(
-            f"{query.name}: the engine fuses {len(sizes.output_sizes)} members ({len(local)} on this rank), the "
-            f"checkpoint has {len(members)}",
-            found=", ".join(quant.modules),
-            layer=query.name,
-        )
-    modules = [quant.modules[index] for index in members]
-    common["stored"] = tuple(quant.stored[index] for index in members) if quant.stored else ()
-    shards = tuple(Shard(*member) for member in zip(modules, sizes.output_sizes, local, strict=True))
-    assert sizes.input_size is not None, "completed above"
-    return LinearContext(shards=shards, input_size=sizes.input_size, has_bias=query.has_bias, **common)
-
-
-_SIZES: dict[str, type[LinearSizes | ExpertSizes | AttentionSizes]] = {
-    "linear": LinearSizes,
-    "moe": ExpertSizes,
-    "attention": AttentionSizes,
-}
-
-
-def _completed(sizes: LinearSizes, query: LayerQuery, quant: LayerQuant) -> LinearSizes:
-    """Sizes with what the engine did not give, from the files."""
-    if sizes.input_size is not None and sizes.output_sizes:
-        return sizes
-    told = []
-    for form in quant.stored or (StoredForm(query.name),):
-        stored = form.sizes()
-        if stored is None:
-            raise LoadError(
-                f"{form.module}: the stored tensors do not tell the layer's sizes",
-                found=", ".join(f"{t.name} {list(t.shape)}" for t in form.tensors.values()) or "no tensor of this name",
-                layer=query.name,
-            )
-        told.append(stored)
-    inputs = told[0][0] if sizes.input_size is None else sizes.input_size
-    outputs = sizes.output_sizes or tuple(output for _, output in told)
-    return LinearSizes(inputs, outputs, sizes.local_output_sizes)
-
-
-def _members(quant: LayerQuant, sizes: Sequence[int]) -> list[int]:
-    """For each member of the engine's layer, which module it is loaded from: one that is fused on disk has several.
-
-    As many as there are modules where sizes do not tell: whoever counts them says what is wrong.
-    """
-    modules = list(range(len(quant.modules)))
-    if len(modules) == 1:
-        return modules * max(1, len(sizes))
-    if len(modules) >= len(sizes):
-        return modules
-    rows = [form.shape("weight", (0,))[0] for form in quant.stored]
-    # One element may stand for several output features; how many follows from the layer as a whole.
-    step, rest = divmod(sum(sizes), max(1, sum(rows)))
-    members: list[int] = []
-    for index, count in enumerate(rows):
-        left = count * step
-        while left > 0 and len(members) < len(sizes):
-            left -= sizes[len(members)]
-            members.append(index)
-        if left != 0 or rest:
-            return modules
-    return members
 
 
 def list_formats() -> dict[str, type[QuantFormat]]:

@@ -10,6 +10,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from quant_core.errors import RegistrationError
+
+_CONTAINERS = {8: torch.int8, 32: torch.int32}
+
 Strategy = Literal["tensor", "channel", "group", "block", "token"]
 
 
@@ -38,8 +42,18 @@ class Packing:
     signed: bool = True
 
     def container(self, num_bits: int) -> torch.dtype:
-        """The dtype of an element that holds so many values of so many bits."""
-        return {8: torch.int8, 32: torch.int32}[self.values * num_bits]
+        """The dtype of an element that holds so many values of so many bits.
+
+        Raises:
+            RegistrationError: if no element has so many bits: the format states what cannot be.
+
+        """
+        if self.values < 2 or self.values * num_bits not in _CONTAINERS:
+            raise RegistrationError(
+                f"a format states {self.values} values of {num_bits} bits in one element",
+                expected=f"elements of {' or '.join(map(str, _CONTAINERS))} bits, with two values at least",
+            )
+        return _CONTAINERS[self.values * num_bits]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +68,8 @@ class WeightForm:
         block_structure: output and input features that share a scale, for the strategy `block`.
         symmetric: offsets are zero or absent.
         packing: several values in one element; None for one.
-        offset_packing: the same of the offsets (zero points).
+        offset_type: whether offsets (zero points) are stored in a floating dtype or as integers.
+        offset_packing: several of them in one element.
         scale_dtype: torch.uint8 where a scale is the exponent of a power of two (MX); None for a number.
         outer: what shares a second scale, by which those above are multiplied: a channel (`weight_channel_scale`), or
             a longer group (`weight_dual_scale`).
@@ -69,10 +84,19 @@ class WeightForm:
     block_structure: tuple[int, int] | None = None
     symmetric: bool = True
     packing: Packing | None = None
+    offset_type: Literal["int", "float"] = "float"
     offset_packing: Packing | None = None
     scale_dtype: torch.dtype | None = None
     outer: Literal["channel", "group"] | None = None
     outer_group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"group_size": self.group_size, "outer_group_size": self.outer_group_size}
+        if wrong := {name: size for name, size in sizes.items() if size is not None and size < 1}:
+            raise RegistrationError(f"a format states {wrong}", expected="at least 1, or None for all input features")
+        for packing in (self.packing, self.offset_packing):
+            if packing is not None:
+                packing.container(self.num_bits)
 
     def steps(self) -> tuple[int, int]:
         """Output and input features that one element of the stored weight holds."""

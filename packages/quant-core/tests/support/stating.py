@@ -38,7 +38,8 @@ def _integer(usual: WeightForm, member: Mapping[str, Tensor], inputs: int) -> We
         return usual
     along_out = usual.num_bits == 4 and 2 * weight.shape[0] == scale.shape[0]
     outer = "channel" if "weight_channel_scale" in member else None
-    stated = replace(usual, packing=Packing(0) if along_out else None, outer=outer)
+    offsets = "int" if outer else "float"
+    stated = replace(usual, packing=Packing(0) if along_out else None, outer=outer, offset_type=offsets)
     if scale.shape[1] < 2:
         return stated
     return replace(stated, strategy="group", group_size=-(-weight.shape[1] // scale.shape[1]))

@@ -2,35 +2,26 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from dataclasses import replace
-
-import torch
 
 from quant_core import (
-    AscendLinearScheme,
     CheckpointError,
     CheckpointFolder,
     Finding,
-    LayerQuant,
     LayerQuery,
     PlannedFolder,
-    QuantError,
     StoredForm,
     UnsupportedSchemeError,
-    create_scheme,
     get_scheme_class,
     require_scheme_class,
 )
 from quant_core.errors import listing
-from quant_core.formats import layer_context, respelled
+from quant_core.formats import respelled
+from quant_core.judging import judge_modules
 from quant_core.schemes.registry import LAYER_TYPES
 from quant_modelslim.description import ATTENTION_TYPE, Description
 from quant_modelslim.resolve import QUANTISED_DTYPES, dtype_name, is_float, smoothed, undescribed
 from quant_modelslim.stating import canonical_suffixes, stated
 from quant_modelslim.type_names import FLOAT_TYPES, SIMULATED_RANKS, UNUSABLE
-
-#: A module's form without its name: modules of equal signature need one check.
-Signature = frozenset[tuple[str, tuple[int, ...], torch.dtype]]
 
 
 def examine(folder: CheckpointFolder, description: Description) -> Iterator[Finding]:
@@ -48,15 +39,17 @@ def examine(folder: CheckpointFolder, description: Description) -> Iterator[Find
         *_integers_as_float(folder, description),
         *_several_types(description),
     ]
+    places = "one place" if len(wrong) == 1 else f"{len(wrong)} places"
     for tensor, problem in wrong:
         yield Finding(
-            f"{description.file} and the weight files contradict each other",
+            f"{description.file} and the weight files contradict each other in {places}",
             where=str(folder.path),
             found=problem,
             todo="take description and weights from one run of the tool; finish the download",
             tensor=tensor,
             error=CheckpointError,
         )
+    yield from _leaving_the_folder(folder, description)
     yield from _undescribed(folder, description)
     told = {tensor.rpartition(".")[0] for tensor, _ in wrong} | _simulated(description) | _of_unknown_types(description)
     yield from _wrong_forms(folder, description, told)
@@ -141,8 +134,6 @@ def _absent_rotations(folder: CheckpointFolder, description: Description) -> Ite
     for extension in (description.keys.metadata, description.keys.optional):
         if extension is None or extension.quarot is None:
             continue
-        for file in (extension.quarot.rotation_map or {}).values():
-            folder.check_contained(file, description.file)
         for rotated, suffixes in (
             (extension.quarot.heads_rotation, ("heads_rotation",)),
             (extension.quarot.kronecker_rotation, ("kronecker_rotation_m", "kronecker_rotation_n")),
@@ -153,6 +144,16 @@ def _absent_rotations(folder: CheckpointFolder, description: Description) -> Ite
                 for name in names
                 if name not in folder.tensors
             )
+
+
+def _leaving_the_folder(folder: CheckpointFolder, description: Description) -> Iterator[Finding]:
+    for extension in (description.keys.metadata, description.keys.optional):
+        quarot = None if extension is None else extension.quarot
+        for file in (quarot.rotation_map or {}).values() if quarot else ():
+            try:
+                folder.check_contained(file, description.file)
+            except CheckpointError as error:
+                yield from error.findings
 
 
 def _integers_as_float(folder: CheckpointFolder, description: Description) -> Iterator[Problem]:
@@ -207,32 +208,21 @@ def _undescribed(folder: CheckpointFolder, description: Description) -> Iterator
 
 
 def _wrong_forms(folder: CheckpointFolder, description: Description, told: Collection[str]) -> Iterator[Finding]:
-    """Judge one module of every (type, form) as a linear layer, but for those with which something is wrong anyway."""
-    groups: dict[tuple[str, Signature], list[str]] = defaultdict(list)
+    """Judge the quantised modules as linear layers, but for those with which something is wrong anyway."""
+    modules: list[tuple[str, StoredForm]] = []
     for key, quant_type in description.types.items():
         module, _, suffix = key.rpartition(".")
-        if quant_type not in FLOAT_TYPES and suffix == "weight" and module in folder.modules and module not in told:
-            tensors = folder.modules[module].tensors
-            groups[quant_type, frozenset((s, t.shape, t.dtype) for s, t in tensors.items())].append(module)
-    for (quant_type, _), members in groups.items():
+        if quant_type in FLOAT_TYPES or suffix != "weight" or module in told or module not in folder.modules:
+            continue
         if get_scheme_class(quant_type, "linear") is None:
             continue  # known for another layer type, which the engine decides
-        raw, query = folder.modules[members[0]], LayerQuery(members[0])
-        form = stated(respelled(raw, canonical_suffixes(raw, description)), quant_type, description, query)
+        raw = folder.modules[module]
         try:
-            create_scheme(query, LayerQuant(quant_type, (members[0],), (form,)))
-        except QuantError as error:
-            if not _sizes_are_told(quant_type, form):
-                continue  # the engine will know them
-            yield from (replace(finding, also=tuple(members[1:])) for finding in error.findings)
+            modules.append((quant_type, respelled(raw, canonical_suffixes(raw, description))))
+        except CheckpointError as error:
+            yield from error.findings
 
+    def state(quant_type: str, form: StoredForm) -> StoredForm:
+        return stated(form, quant_type, description, LayerQuery(form.module))
 
-def _sizes_are_told(quant_type: str, form: StoredForm) -> bool:
-    """Whether the sizes of a module are known: not if a type that declares its parameters itself packs its weight."""
-    scheme_class, sizes = get_scheme_class(quant_type, "linear"), form.sizes()
-    if sizes is None or form.weight is not None or scheme_class is None:
-        return True
-    quant = LayerQuant(quant_type, (form.module,), (form,))
-    scheme = scheme_class.create(layer_context(LayerQuery(form.module), quant))
-    assert isinstance(scheme, AscendLinearScheme)
-    return scheme.params(*sizes)["weight"].shape == form.shape("weight", ())
+    yield from judge_modules(modules, state)

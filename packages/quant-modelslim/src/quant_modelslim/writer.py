@@ -12,11 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core import AscendLinearScheme, LayerQuant, LayerQuery, LinearSizes, StoredForm, require_scheme_class
-from quant_core.formats import layer_context
+from quant_core import (
+    AscendLinearScheme,
+    LayerQuant,
+    LayerQuery,
+    LinearSizes,
+    StoredForm,
+    UnsupportedSchemeError,
+    require_scheme_class,
+)
+from quant_core.judging import layer_context
 from quant_modelslim.description import PATTERN, Description
 from quant_modelslim.stating import stated
-from quant_modelslim.type_names import FLOAT
+from quant_modelslim.type_names import FLOAT, PACKED_ALONG, TRANSFORMS
 
 #: A module's name and weight to the type that it gets.
 Choice = Callable[[str, Tensor], str]
@@ -52,12 +60,23 @@ def quantize_tensors(tensors: Mapping[str, Tensor], choose: Choice) -> tuple[dic
 
 def quantize_weight(module: str, weight: Tensor, quant_type: str) -> dict[str, Tensor]:
     """The stored tensors of one weight [out, in], by suffix."""
+    if quant_type in TRANSFORMS:
+        raise UnsupportedSchemeError(
+            f"{module}: {quant_type} cannot be written by a plain rule",
+            found=f"{', '.join(TRANSFORMS[quant_type])} beside the weight, which only calibration finds",
+        )
+    if PACKED_ALONG.get(quant_type) == 1 and weight.shape[1] % 2:
+        raise UnsupportedSchemeError(
+            f"{module}: {weight.shape[1]} input features cannot be written as {quant_type}",
+            expected="an even number: a reader could not tell how they are packed",
+        )
     scheme_class = require_scheme_class(quant_type, "linear", where=module)
     assert issubclass(scheme_class, AscendLinearScheme)
     out_features, in_features = weight.shape
     query = LayerQuery(module, sizes=LinearSizes(in_features, (out_features,)), params_dtype=torch.float32)
     form = stated(StoredForm(module), quant_type, Description("", {}), query)
-    return scheme_class.create(layer_context(query, LayerQuant(quant_type, (module,), (form,)))).quantize(weight)
+    context = layer_context(query, LayerQuant(quant_type, (module,), (form,)), scheme_class)
+    return scheme_class.create(context).quantize(weight)
 
 
 def write_checkpoint(

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.devices import DEVICES, current_device
+from quant_core.errors import RegistrationError
 from quant_core.schemes.context import AttentionContext, ExpertsContext, LayerContext, LinearContext
 from quant_core.schemes.hooks import call_hook
 from quant_core.schemes.params import Param
@@ -96,6 +97,8 @@ class AscendLinearScheme(Scheme):
         stores: how the type's weight is stored where a format does not say otherwise; None for a type that declares
             its parameters itself.
         activation: how the type quantises a layer's input where a format does not say otherwise; None for not at all.
+        strategies: what may share a scale of the weight.
+        declares_itself: the type overrides a `get_*` hook without saying what it stores, so that a format cannot know.
         storage_class: the storage; None takes the one for what `stores` says.
         folds_bias: the stored tensors contain the layer's bias already, so `apply` must not add it. (An engine that
             adds the bias itself, after `apply`, cannot serve such a type.)
@@ -104,41 +107,69 @@ class AscendLinearScheme(Scheme):
 
     stores: ClassVar[WeightForm | None] = None
     activation: ClassVar[ActivationForm | None] = None
+    strategies: ClassVar[tuple[str, ...]] = ("channel",)
+    declares_itself: ClassVar[bool] = True
     storage_class: ClassVar[type[Storage] | None] = None
     folds_bias: ClassVar[bool] = False
     context: LinearContext
 
-    @classmethod
-    def storage_of(cls, form: StoredForm) -> Storage | None:
-        """The storage of a module's weight; None where the type declares its parameters itself."""
-        if cls.stores is None:
-            return None
-        found = cls.storage_class
-        if found is None and cls.stores.type == "int":
-            found = IntegerStorage
-        elif found is None:
-            found = FP8Storage if cls.stores.strategy == "channel" else MicroscaledStorage
-        return found(form, cls.stores)
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.stores is None and cls.get_weight is AscendLinearScheme.get_weight:
-            # Abstract, as a class without `apply` is: Python then refuses to make an instance.
-            cls.__abstractmethods__ = frozenset({*getattr(cls, "__abstractmethods__", ()), "get_weight"})
+        hooks = {"get_weight", "get_pertensor_param", "get_perchannel_param", "get_pergroup_param", "params"}
+        if "stores" not in vars(cls) and hooks & vars(cls).keys():
+            cls.declares_itself = True
+        elif "stores" in vars(cls):
+            cls.declares_itself = cls.stores is None
+
+    @classmethod
+    def storage_of(cls, form: StoredForm) -> Storage | None:
+        """The storage of a module's weight; None for a type that has none."""
+        if cls.stores is None:
+            return None
+        stated = form.weight or cls.stores
+        if cls.storage_class is not None:
+            return cls.storage_class(form, cls.stores)
+        if stated.type == "int":
+            return IntegerStorage(form, cls.stores)
+        kind = MicroscaledStorage if stated.scale_dtype is not None else FP8Storage
+        return kind(form, cls.stores)
 
     @functools.cached_property
     def storage(self) -> Storage:
-        """The storage of this layer's weight."""
+        """The storage of this layer's weight.
+
+        Raises:
+            RegistrationError: for a type that declares its parameters itself, and has none.
+
+        """
         found = self.storage_of(self.context.form)
-        assert found is not None, f"{type(self).__name__} declares its parameters itself, and has no `stores`"
+        if found is None:
+            raise RegistrationError(f"{type(self).__name__} has neither `stores` nor a `get_weight` of its own")
         return found
 
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
-        """The device's reasons and the storage's."""
+        """The device's reasons, those of the form that is stated, and the storage's."""
         assert isinstance(context, LinearContext)
-        storage = cls.storage_of(context.form)
-        return super().can_serve(context) + ([] if storage is None else storage.reasons_against(context.input_size))
+        reasons, storage = super().can_serve(context), cls.storage_of(context.form)
+        if storage is None or cls.declares_itself:
+            return reasons
+        return reasons + (cls._unlike(storage, context.form) or storage.reasons_against(context.input_size))
+
+    @classmethod
+    def _unlike(cls, storage: Storage, form: StoredForm) -> list[str]:
+        """What is stated of a module and is not this type's."""
+        usual, stated = cls.stores, storage.weight
+        assert usual is not None
+        unlike = {
+            f"{stated.type}{stated.num_bits} weights": (stated.type, stated.num_bits) != (usual.type, usual.num_bits),
+            "asymmetric weights": usual.symmetric and not stated.symmetric,
+            f"scales per {stated.strategy}": stated.strategy not in cls.strategies,
+            f"such a form ({stated})": not storage.keeps(),
+            f"such activations ({form.input})": form.input is not None and form.input != cls.activation,
+        }
+        first = next((what for what, wrong in unlike.items() if wrong), None)
+        return [] if first is None else [f"{cls.__name__} has no {first}, which the format states"]
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """The weight, under its canonical suffix."""

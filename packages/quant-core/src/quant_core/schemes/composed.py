@@ -1,5 +1,6 @@
 """A scheme together with the additions that a layer's files ask for."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from quant_core.schemes.additions import ADDITIONS, Addition
 from quant_core.schemes.base import AscendLinearScheme, Scheme
 from quant_core.schemes.context import LayerContext, LinearContext
 from quant_core.schemes.params import Param
+from quant_core.storage import Storage
 
 
 class ComposedLinearMethod(AscendLinearScheme):
@@ -25,6 +27,11 @@ class ComposedLinearMethod(AscendLinearScheme):
         self.additions = tuple(additions)
         self.context = base.context
         self.folds_bias = base.folds_bias  # type: ignore[misc]
+
+    @functools.cached_property
+    def storage(self) -> Storage:
+        """The base's."""
+        return self.base.storage
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """The base's."""
@@ -53,6 +60,10 @@ class ComposedLinearMethod(AscendLinearScheme):
             y = addition.after(layer, x, y)
         return y
 
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """The base's tensors; what is added is found by calibration only."""
+        return self.base.quantize(weight)
+
     def dequantize(self, layer: nn.Module) -> Tensor:
         """The weight that `apply` multiplies the input by as it comes, with what is added."""
         weight = self.base.dequantize(layer)
@@ -67,6 +78,8 @@ def reasons_against(scheme_class: type[Scheme], context: LayerContext) -> list[s
     """Why a scheme, or an addition that the files ask for, cannot serve a layer; empty when they can."""
     reasons = scheme_class.can_serve(context)
     if isinstance(context, LinearContext):
+        unknown = set(context.form.transforms) - {addition.name for addition in ADDITIONS}
+        reasons += [f"nothing applies the transform {name!r}, which the format states" for name in sorted(unknown)]
         for addition in _stated(context):
             reasons += addition.can_serve(context)
     return reasons

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -115,6 +115,7 @@ class LayerContext:
     """One layer as a scheme sees it, whatever its kind.
 
     Attributes:
+        layer_type: `linear`, `moe` or `attention`.
         name: the engine's name of the layer, for messages.
         params_dtype: the model's dtype.
         stored: the checkpoint modules that the layer is loaded from; empty while planning.
@@ -123,6 +124,7 @@ class LayerContext:
 
     """
 
+    layer_type: ClassVar[str]
     name: str
     params_dtype: torch.dtype
     stored: tuple[StoredForm, ...] = ()
@@ -151,6 +153,7 @@ class LinearContext(LayerContext):
     `stored` has one form per shard; in a stack one per module, layer by layer.
     """
 
+    layer_type: ClassVar[str] = "linear"
     shards: tuple[Shard, ...]
     input_size: int
     has_bias: bool = False
@@ -171,6 +174,7 @@ class LinearContext(LayerContext):
 class ExpertsContext(LayerContext):
     """A layer of routed experts."""
 
+    layer_type: ClassVar[str] = "moe"
     sizes: ExpertSizes
 
 
@@ -178,4 +182,5 @@ class ExpertsContext(LayerContext):
 class AttentionContext(LayerContext):
     """An attention layer and its cache."""
 
+    layer_type: ClassVar[str] = "attention"
     sizes: AttentionSizes

@@ -106,6 +106,7 @@ class MXLinearScheme(AscendLinearScheme):
     quantisation: ClassVar[dict[str, Any]]
     group_sizes: ClassVar[list[int]] = [1, 1, mx.BLOCK]
     operator_adds_bias: ClassVar[bool] = True
+    strategies = ("group",)
     storage: MicroscaledStorage
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from quant_core.errors import LoadError
+from quant_core.errors import Finding, LoadError, raise_findings
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.params import Param, same_kind
 from quant_core.stored import StoredForm
@@ -69,17 +69,30 @@ def verify_stored(scheme: AscendLinearScheme) -> None:
     linear_params(scheme)
     forms = {form.module: form for form in context.stored} if any(context.stored) else {}
     sizes = _member_sizes(scheme)
-    problems: list[str] = []
+    files = ", ".join(sorted({t.file for form in forms.values() for t in form.tensors.values()}))
+    findings = []
     for module, form in forms.items():
         rows = _rows(form, sizes.get(module, []))
-        problems += [*stored_problems(form, scheme.params(context.input_size, rows)), *_bias_problems(form, rows)]
-    if problems:
-        raise LoadError(
-            f"{context.name}: the files do not hold what the scheme {type(scheme).__name__} loads",
-            where=", ".join(sorted({t.file for form in forms.values() for t in form.tensors.values()})),
-            found="\n    ".join(problems),
-            todo="check that description, config.json and weights belong together; otherwise quantise the model again",
-        )
+        problems = [*stored_problems(form, scheme.params(context.input_size, rows)), *_bias_problems(form, rows)]
+        findings += [
+            Finding(
+                f"{context.name}: the files do not hold what the scheme {type(scheme).__name__} loads",
+                where=files,
+                found=problem,
+                todo="check that description, config.json and weights belong together; otherwise quantise the model "
+                "again",
+                layer=context.name,
+                tensor=tensor,
+                file=form.tensors[suffix].file if suffix in form.tensors else None,
+                error=LoadError,
+            )
+            for suffix, tensor, problem in problems
+        ]
+    raise_findings(findings)
+
+
+#: A canonical suffix, the tensor's name, and what is wrong with it.
+Problem = tuple[str, str, str]
 
 
 def _member_sizes(scheme: AscendLinearScheme) -> dict[str, list[int]]:
@@ -91,21 +104,21 @@ def _member_sizes(scheme: AscendLinearScheme) -> dict[str, list[int]]:
     return sizes
 
 
-def stored_problems(form: StoredForm, declared: dict[str, Param]) -> Iterable[str]:
+def stored_problems(form: StoredForm, declared: dict[str, Param]) -> Iterable[Problem]:
     """What differs between one module's tensors and the declarations."""
     for suffix, param in declared.items():
         tensor = form.tensors.get(suffix)
         if tensor is None:
             if not param.plain:
-                yield f"{form.name_of(suffix)} is absent, expected {_form(param.shape, param.dtype)}"
+                name = form.name_of(suffix)
+                yield suffix, name, f"{name} is absent, expected {_form(param.shape, param.dtype)}"
         elif tensor.shape != param.shape or not param.takes(tensor.dtype):
-            yield (
-                f"{tensor.name} in {tensor.file} is {_form(tensor.shape, tensor.dtype)}, "
-                f"expected {_form(param.shape, param.dtype)}"
-            )
+            found, expected = _form(tensor.shape, tensor.dtype), _form(param.shape, param.dtype)
+            yield suffix, tensor.name, f"{tensor.name} in {tensor.file} is {found}, expected {expected}"
     for suffix in sorted(form.tensors.keys() - declared.keys() - LAYER_OWNED):
         tensor = form.tensors[suffix]
-        yield f"{tensor.name} in {tensor.file} is not used by this type, and dropping it would change the results"
+        unused = "is not used by this type, and dropping it would change the results"
+        yield suffix, tensor.name, f"{tensor.name} in {tensor.file} {unused}"
 
 
 def _rows(form: StoredForm, sizes: list[int]) -> int:
@@ -117,11 +130,12 @@ def _rows(form: StoredForm, sizes: list[int]) -> int:
     return sizes[0] if stored is not None and set(sizes) == {stored[1]} else sum(sizes)
 
 
-def _bias_problems(form: StoredForm, rows: int) -> Iterable[str]:
+def _bias_problems(form: StoredForm, rows: int) -> Iterable[Problem]:
     tensor = form.tensors.get("bias")
     if tensor is None or (tensor.shape == (rows,) and form.float_dtype("bias") == tensor.dtype):
         return
-    yield f"{tensor.name} in {tensor.file} is {_form(tensor.shape, tensor.dtype)}, expected {[rows]} of a float dtype"
+    found = _form(tensor.shape, tensor.dtype)
+    yield "bias", tensor.name, f"{tensor.name} in {tensor.file} is {found}, expected {[rows]} of a float dtype"
 
 
 def check_values(layer: str, names: Sequence[str], param: Param, loaded: torch.Tensor) -> None:

@@ -44,6 +44,10 @@ class Storage(ABC):
         """What has one value for each output feature and group of input features."""
         return {}
 
+    @abstractmethod
+    def keeps(self) -> bool:
+        """Whether a weight of the form that is stated is kept by tensors of this kind."""
+
     def reasons_against(self, input_size: int) -> list[str]:
         """Why a module of so many input features cannot be stored like this; empty when it can."""
         return []

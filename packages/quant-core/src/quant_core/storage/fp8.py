@@ -20,6 +20,12 @@ class FP8Storage(Storage):
         weight_offset: float [out, 1], zero, where there is one
     """
 
+    def keeps(self) -> bool:
+        """E4M3 per channel, one value to a byte."""
+        weight = self.weight
+        found = (weight.type, weight.num_bits, weight.strategy, weight.packing, weight.scale_dtype, weight.outer)
+        return found == ("float", 8, "channel", None, None, None)
+
     def get_weight(self, input_size: int, output_size: int) -> dict[str, Param]:
         """`weight`."""
         return {"weight": fp8_weight(input_size, output_size)}

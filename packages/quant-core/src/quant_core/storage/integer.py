@@ -7,9 +7,6 @@ from quant_core.packing import pack, unpack
 from quant_core.schemes.params import Param, ValueCheck, finite, float_values, int4, positive, zero
 from quant_core.storage.base import Storage, Tensors, expanded, ones_where_zero
 
-#: In which an offset may be stored: a whole number is one in any of these.
-_OFFSETS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64})
-
 
 class IntegerStorage(Storage):
     """(q - weight_offset) · weight_scale, and · weight_channel_scale where scales are in two stages.
@@ -20,6 +17,16 @@ class IntegerStorage(Storage):
         weight_offset: any number [out, g], where there is one; zero for symmetric types
         weight_channel_scale, weight_channel_offset: float [out, 1], of the first of two stages; the offset is zero
     """
+
+    def keeps(self) -> bool:
+        """Integers of 4 or 8 bits, per channel or group, with a scale per channel above the groups' or without."""
+        weight = self.weight
+        return (
+            (weight.type, weight.scale_dtype) == ("int", None)
+            and weight.num_bits in (4, 8)
+            and weight.strategy in ("channel", "group")
+            and weight.outer in (None, "channel")
+        )
 
     def get_weight(self, input_size: int, output_size: int) -> dict[str, Param]:
         """`weight`."""
@@ -46,11 +53,16 @@ class IntegerStorage(Storage):
     def _pair(self, scale: str, offset: str, input_size: int, output_size: int, groups: int) -> dict[str, Param]:
         params = {scale: self._values(scale, self.form.float_dtype(scale), input_size, output_size, groups, positive)}
         if self.form.has(offset, default=True):
-            stored = self.form.dtype(offset, torch.float32)
-            dtype = stored if stored in _OFFSETS else torch.float32
-            check = zero if self.weight.symmetric else finite
-            params[offset] = self._values(offset, dtype, input_size, output_size, groups, check)
+            # The first of two stages has none in any type.
+            check = zero if self.weight.symmetric or scale == "weight_channel_scale" else finite
+            params[offset] = self._values(offset, self._offset_dtype(offset), input_size, output_size, groups, check)
         return params
+
+    def _offset_dtype(self, name: str) -> torch.dtype:
+        stored = self.form.dtype(name, torch.float32)
+        if self.weight.offset_type == "int" and not (stored.is_floating_point or stored == torch.bool):
+            return stored
+        return self.form.float_dtype(name)
 
     def _values(
         self, name: str, dtype: torch.dtype, input_size: int, output_size: int, groups: int, check: ValueCheck

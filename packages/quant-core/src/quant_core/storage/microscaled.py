@@ -7,6 +7,7 @@ from quant_core import microscaling as mx
 from quant_core.schemes.params import Param, no_nan_exponent, positive
 from quant_core.storage.base import Storage, Tensors, expanded, groups_of, ones_where_zero
 from quant_core.storage.fp8 import fp8_weight
+from quant_core.stored import Packing
 
 
 class MicroscaledStorage(Storage):
@@ -17,6 +18,17 @@ class MicroscaledStorage(Storage):
         weight_scale: uint8 [out, ceil(in / 32)], exponents
         weight_dual_scale: float [out, g, 1], where there is an outer scale
     """
+
+    def keeps(self) -> bool:
+        """E4M3, or E2M1 in pairs along the input features, in blocks of 32 with exponents."""
+        weight, pairs = self.weight, Packing(1)
+        kinds = {(8, None), (4, pairs)}
+        return (
+            (weight.type, weight.strategy, weight.group_size, weight.scale_dtype)
+            == ("float", "group", mx.BLOCK, torch.uint8)
+            and (weight.num_bits, weight.packing) in kinds
+            and weight.outer in (None, "group")
+        )
 
     @property
     def fp4(self) -> bool:

@@ -5,10 +5,9 @@ from torch import Tensor
 
 from quant_core.schemes.params import Param, float_values, integral_int8, positive
 from quant_core.storage.base import Storage, Tensors
-from quant_core.storage.integer import IntegerStorage
 
 
-class StaticStorage(IntegerStorage):
+class StaticStorage(Storage):
     """q · deq_scale / input_scale; deq_scale is the weight's scale times the input's, folded by the writer.
 
     Stored:
@@ -18,6 +17,16 @@ class StaticStorage(IntegerStorage):
         quant_bias: int32 [out], the zero point's correction and the layer's bias in units of deq_scale
         weight_scale, weight_offset: float [out, 1], by some writers; deq_scale has them already
     """
+
+    def keeps(self) -> bool:
+        """int8 per channel, one value to a byte."""
+        weight = self.weight
+        found = (weight.type, weight.num_bits, weight.strategy, weight.packing, weight.scale_dtype, weight.outer)
+        return found == ("int", 8, "channel", None, None, None)
+
+    def get_weight(self, input_size: int, output_size: int) -> dict[str, Param]:
+        """`weight`."""
+        return {"weight": Param((output_size, input_size), torch.int8, output_dim=0, input_dim=1)}
 
     def get_pertensor_param(self) -> dict[str, Param]:
         """`input_scale` and `input_offset`, in the dtype they are stored in: rounding the scale is a gain error."""
@@ -49,7 +58,3 @@ class StaticStorage(IntegerStorage):
         """Weight times deq_scale / input_scale; the input scale is one, or one per output feature."""
         scale = float_values(tensors["deq_scale"]) / float_values(tensors["input_scale"])
         return tensors["weight"].to(torch.float32) * scale[:, None]
-
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Only calibration finds the input scale."""
-        return Storage.quantize(self, weight)

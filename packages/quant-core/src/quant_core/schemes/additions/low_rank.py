@@ -27,7 +27,8 @@ class LowRank(Addition):
     def params(self, input_size: int, output_size: int) -> dict[str, Param]:
         """Both factors; those of fused members lie one after the other."""
         form = self.context.form
-        rank = form.shape("svd_lowrank_l1", (1,))[0]
+        shape = form.shape("svd_lowrank_l1", ())
+        rank = shape[0] if len(shape) == 2 else 1
         first, second = (form.float_dtype(suffix) for suffix in self.suffixes)
         return {
             "svd_lowrank_l1": Param((rank, input_size), first, input_dim=1, check=finite),

@@ -16,7 +16,7 @@ from quant_core.schemes.flatquant import (
     transform_sizes,
     turned_back,
 )
-from quant_core.schemes.params import Param, float_values, replace_parameter, tensor_of
+from quant_core.schemes.params import Param, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.run_time import drop
 from quant_core.storage import IntegerStorage, tensors_of
@@ -157,10 +157,11 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         """
         self._remember(tuple(layer.get_parameter("clip_ratio").data.to(torch.float32).tolist()))
         del layer.clip_ratio
-        replace_parameter(layer, "weight", pack_int4_weights(self.storage.codes(tensors_of(layer))))
-        replace_parameter(layer, "weight_scale", float_values(layer.get_parameter("weight_scale").data).flatten())
+        stored = tensors_of(layer)
+        replace_parameter(layer, "weight", pack_int4_weights(self.storage.codes(stored)))
+        replace_parameter(layer, "weight_scale", self.storage.scale(stored).flatten())
         process_transform(layer, self.context)
-        drop(layer, "weight_offset")
+        drop(layer, "weight_offset", "weight_channel_scale", "weight_channel_offset")
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Transform and quantise once per distinct clip ratio, then multiply with the rows of the members that have it.

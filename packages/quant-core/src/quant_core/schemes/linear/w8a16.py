@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.params import replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
-from quant_core.schemes.run_time import process_int8_weight
+from quant_core.schemes.run_time import drop, process_int8_weight
 from quant_core.storage import IntegerStorage, tensors_of
 from quant_core.stored import WeightForm
 
@@ -24,6 +24,7 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
     granularity = ("per channel", "per group")
     checked_against = {"W8A16": ("qwen3/W8A16_ASYM", "qwen3/W8A16_GROUP64", "qwen3/MIXED_LAYERS")}
     stores = WeightForm(symmetric=False)
+    strategies = ("channel", "group")
     storage: IntegerStorage
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -31,6 +32,7 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
         stored, dtype = tensors_of(layer), self.context.params_dtype
         scale, offset = self.storage.scale(stored), self.storage.offset(stored)
         self._process_weight(layer, self.storage.codes(stored))
+        drop(layer, "weight_channel_scale", "weight_channel_offset")
         replace_parameter(layer, "weight_scale", scale.t().contiguous().to(dtype))
         if offset is not None:
             replace_parameter(layer, "weight_offset", (-offset).t().contiguous().to(dtype))

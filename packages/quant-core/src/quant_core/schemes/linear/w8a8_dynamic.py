@@ -33,6 +33,7 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
     }
     stores = WeightForm()
     activation = ActivationForm()
+    strategies = ("channel", "group")
     storage: IntegerStorage
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
