@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from quant_core import (
+    ActivationForm,
     AttentionContext,
     AttentionSizes,
     CheckpointError,
@@ -25,10 +26,12 @@ from quant_core import (
     LimitError,
     LinearSizes,
     LoadError,
+    Packing,
     Partition,
     QuantFormat,
     RegistrationError,
     StoredForm,
+    StoredTensor,
     UnsupportedSchemeError,
     WeightForm,
     create_scheme,
@@ -345,3 +348,92 @@ def test_suffixes_of_a_format(example: type[QuantFormat], tmp_path: Path) -> Non
     save_file({"a.weight_packed": torch.zeros(4, 1), "a.weight": torch.zeros(4, 1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"a stores the same twice: a.weight.* and a.weight"):
         _ = Renaming.load(CheckpointFolder(tmp_path)).modules
+
+
+INT4 = WeightForm(num_bits=4, symmetric=False, packing=Packing(0))
+
+
+def packed(module: str, rows: int, **changes: Any) -> StoredForm:
+    """A W4A16 module packed along its output features, and how it is stated."""
+    shapes = {"weight": ((rows // 2, 16), torch.int8), "weight_scale": ((rows, 1), torch.float32)}
+    tensors = {s: StoredTensor(f"{module}.{s}", shape, dtype, "w") for s, (shape, dtype) in shapes.items()}
+    return StoredForm(module, tensors, replace(INT4, **changes))
+
+
+def test_members_of_a_packed_module_that_is_fused_on_disk() -> None:
+    """q and k in one module, v in another; two output features share a byte."""
+    quant = LayerQuant("W4A16", ("qk", "v"), (packed("qk", 12), packed("v", 4)))
+    scheme = create_scheme(query("qk", "v", input_size=16, output_sizes=(8, 4, 4)), quant)
+    assert [(shard.name, shard.output_size) for shard in scheme.context.shards] == [("qk", 8), ("qk", 4), ("v", 4)]
+    with pytest.raises(LimitError, match="fuses 3 members"):
+        create_scheme(query("qk", "v", input_size=16, output_sizes=(6, 4, 6)), quant)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"symmetric": True}, None),
+        ({"num_bits": 8, "packing": None}, "has no int8 weights"),
+        ({"strategy": "tensor"}, "has no scales per tensor"),
+        ({"strategy": "block", "block_structure": (16, 16)}, "has no scales per block"),
+        ({"scale_dtype": torch.uint8}, "has no such a form"),
+        ({"type": "float"}, "has no float4 weights"),
+    ],
+)
+def test_what_is_stated_must_be_the_types(changes: dict[str, Any], told: str | None) -> None:
+    """A scheme would compute something else, without a word."""
+    quant = LayerQuant("W4A16", ("a",), (packed("a", 8, **changes),))
+    if told is None:
+        assert create_scheme(query("a"), quant) is not None
+        return
+    with pytest.raises(UnsupportedSchemeError, match=told):
+        create_scheme(query("a"), quant)
+
+
+def test_an_asymmetric_weight_of_a_symmetric_type() -> None:
+    form = replace(packed("a", 8), weight=WeightForm(symmetric=False))
+    with pytest.raises(UnsupportedSchemeError, match="has no asymmetric weights"):
+        create_scheme(query("a"), LayerQuant("W8A8_DYNAMIC", ("a",), (form,)))
+
+
+def test_other_activations_than_the_types() -> None:
+    tensors = {s: StoredTensor(f"a.{s}", shape, d, "w") for s, shape, d in [("weight", (8, 16), torch.int8)]}
+    form = StoredForm("a", tensors, WeightForm(), input=ActivationForm(num_bits=4))
+    with pytest.raises(UnsupportedSchemeError, match="has no such activations"):
+        create_scheme(query("a"), LayerQuant("W8A8_DYNAMIC", ("a",), (form,)))
+
+
+def test_members_must_be_stored_alike() -> None:
+    """The same shapes in another packing would be read with the first one's."""
+    signed, unsigned = (packed(name, 8, packing=Packing(0, signed=name == "a")) for name in "ab")
+    asked = query("a", "b", input_size=16, output_sizes=(8, 8))
+    with pytest.raises(LoadError, match=r"stored in different forms\n  found: b otherwise than a"):
+        create_scheme(asked, LayerQuant("W4A16", ("a", "b"), (signed, unsigned)))
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({"packing": Packing(1)}, "2 values of 8 bits"),
+        ({"num_bits": 4, "packing": Packing(1, values=1)}, "1 values of 4 bits"),
+        ({"strategy": "group", "group_size": 0}, "'group_size': 0"),
+        ({"strategy": "group", "group_size": -1}, "'group_size': -1"),
+    ],
+)
+def test_a_format_cannot_state_what_cannot_be(form: dict[str, Any], told: str) -> None:
+    with pytest.raises(RegistrationError, match=told):
+        WeightForm(**form)
+
+
+def test_of_a_module_of_which_nothing_is_stated_the_usual_form_holds() -> None:
+    tensors = {
+        "weight": StoredTensor("a.weight", (8, 32), torch.uint8, "w"),
+        "weight_scale": StoredTensor("a.weight_scale", (8, 2), torch.uint8, "w"),
+    }
+    scheme = create_scheme(query("a"), LayerQuant("W4A4_MXFP4", ("a",), (StoredForm("a", tensors),)))
+    assert (scheme.context.input_size, scheme.context.output_size) == (64, 8)
+
+
+def test_the_formats_own_names_in_messages() -> None:
+    form = StoredForm("a", spelling={"weight": "weight_packed"})
+    assert (form.name_of("weight"), form.name_of("weight_scale")) == ("a.weight_packed", "a.weight_scale")

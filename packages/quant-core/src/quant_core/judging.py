@@ -149,7 +149,7 @@ def layer_context(query: LayerQuery, quant: LayerQuant, scheme_class: type[Schem
 def _usual(form: StoredForm, scheme_class: type[Scheme] | None) -> StoredForm:
     if form.weight is not None or scheme_class is None or not issubclass(scheme_class, AscendLinearScheme):
         return form
-    return form if scheme_class.declares_itself else replace(form, weight=scheme_class.stores)
+    return form if "get_weight" in scheme_class.declares else replace(form, weight=scheme_class.stores)
 
 
 _SIZES: dict[str, type[LinearSizes | ExpertSizes | AttentionSizes]] = {

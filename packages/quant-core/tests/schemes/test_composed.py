@@ -1,5 +1,6 @@
 """Rotations and low-rank parts around any linear type, against float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,3 +122,28 @@ def test_compiled_it_equals_eager(workbench: Any, compile_afresh: Any) -> None:
     for tokens in (5, 9):
         x = torch.randn(tokens, INPUTS)
         assert torch.equal(compiled(x), scheme.apply(layer, x))
+
+
+def test_the_dequantised_weight_is_what_the_input_is_multiplied_by(workbench: Any) -> None:
+    """With all additions at once: rotations are undone in the opposite order, and the low-rank part comes last."""
+    members = []
+    matrices = {
+        "heads_rotation": orthogonal(4),
+        "kronecker_rotation_m": orthogonal(6),
+        "kronecker_rotation_n": orthogonal(8),
+    }
+    for size in (16, 8):
+        low_rank = {"svd_lowrank_l1": torch.randn(3, INPUTS), "svd_lowrank_l2": torch.randn(size, 3)}
+        members.append(w8a16(size, INPUTS, asymmetric=True) | matrices | low_rank)
+    scheme, layer = serve(workbench, AscendW8A16LinearMethod, members)
+    weight = scheme.dequantize(workbench.load(scheme, members))
+    x = torch.randn(5, INPUTS)
+    exact = x.double() @ weight.double().t()
+    assert (scheme.apply(layer, x).double() - exact).norm() / exact.norm() < 1e-5
+
+
+def test_a_transform_that_nothing_applies_is_a_reason_against(workbench: Any) -> None:
+    context = workbench.context([w8a16(16, INPUTS)], scheme_class=AscendW8A16LinearMethod)
+    stored = (replace(context.stored[0], transforms=("hadamard",)),)
+    (reason,) = reasons_against(AscendW8A16LinearMethod, replace(context, stored=stored))
+    assert reason == "nothing applies the transform 'hadamard', which the format states"

@@ -43,7 +43,8 @@ def canonical_suffixes(form: StoredForm, description: Description) -> Mapping[st
     if "weight_scale_second" not in form.tensors and "weight_offset_second" not in form.tensors:
         return _AS_IT_IS
     scheme_class = _linear_class(description.types.get(f"{form.module}.weight", ""))
-    return _AS_IT_IS if scheme_class is not None and scheme_class.declares_itself else _TWO_STAGES
+    own = scheme_class is not None and scheme_class.declares & {"get_pergroup_param", "params"}
+    return _AS_IT_IS if own else _TWO_STAGES
 
 
 def stated(form: StoredForm, quant_type: str, description: Description, query: LayerQuery) -> StoredForm:
@@ -62,12 +63,14 @@ def stated(form: StoredForm, quant_type: str, description: Description, query: L
     found = [a.name for a in ADDITIONS if any(form.has(suffix) for suffix in a.suffixes)]
     transforms = tuple(dict.fromkeys([*found, *TRANSFORMS.get(quant_type, ())]))
     sizes = query.sizes if isinstance(query.sizes, LinearSizes) else LinearSizes()
-    if scheme_class.declares_itself or scheme_class.stores is None:
-        weight = _declared(scheme_class, form)
+    if scheme_class.stores is None:
+        weight: WeightForm | None = _declared(scheme_class, form)
     elif scheme_class.stores.type == "float":
         weight = _outer_groups(form, scheme_class.stores, sizes)
     else:
         weight = _integers(form, scheme_class.stores, quant_type, description, sizes)
+        if "get_weight" in scheme_class.declares and (own := _declared(scheme_class, form)) is not None:
+            weight = replace(weight, num_bits=own.num_bits, packing=own.packing)
     return replace(form, weight=weight, input=scheme_class.activation, transforms=transforms)
 
 

@@ -33,6 +33,7 @@ Packages announce such a module in the entry-point group `quant_core.schemes`.
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -45,6 +46,8 @@ from quant_core.schemes.hooks import call_hook
 from quant_core.schemes.params import Param
 from quant_core.storage import FP8Storage, IntegerStorage, MicroscaledStorage, Storage, tensors_of
 from quant_core.stored import ActivationForm, StoredForm, WeightForm
+
+_HOOKS = frozenset({"get_weight", "get_pertensor_param", "get_perchannel_param", "get_pergroup_param", "params"})
 
 
 class Scheme(ABC):
@@ -98,7 +101,8 @@ class AscendLinearScheme(Scheme):
             its parameters itself.
         activation: how the type quantises a layer's input where a format does not say otherwise; None for not at all.
         strategies: what may share a scale of the weight.
-        declares_itself: the type overrides a `get_*` hook without saying what it stores, so that a format cannot know.
+        declares: the hooks that the type overrides without saying in `stores` what it stores: of what they declare, a
+            format can state nothing.
         storage_class: the storage; None takes the one for what `stores` says.
         folds_bias: the stored tensors contain the layer's bias already, so `apply` must not add it. (An engine that
             adds the bias itself, after `apply`, cannot serve such a type.)
@@ -108,18 +112,17 @@ class AscendLinearScheme(Scheme):
     stores: ClassVar[WeightForm | None] = None
     activation: ClassVar[ActivationForm | None] = None
     strategies: ClassVar[tuple[str, ...]] = ("channel",)
-    declares_itself: ClassVar[bool] = True
+    declares: ClassVar[frozenset[str]] = _HOOKS
     storage_class: ClassVar[type[Storage] | None] = None
     folds_bias: ClassVar[bool] = False
     context: LinearContext
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        hooks = {"get_weight", "get_pertensor_param", "get_perchannel_param", "get_pergroup_param", "params"}
-        if "stores" not in vars(cls) and hooks & vars(cls).keys():
-            cls.declares_itself = True
-        elif "stores" in vars(cls):
-            cls.declares_itself = cls.stores is None
+        if "stores" in vars(cls):
+            cls.declares = frozenset() if cls.stores is not None else _HOOKS
+        else:
+            cls.declares |= _HOOKS & vars(cls).keys()
 
     @classmethod
     def storage_of(cls, form: StoredForm) -> Storage | None:
@@ -127,6 +130,9 @@ class AscendLinearScheme(Scheme):
         if cls.stores is None:
             return None
         stated = form.weight or cls.stores
+        if "get_weight" in cls.declares:  # whoever declares a packed weight unpacks it
+            stated = replace(stated, packing=None)
+            form = replace(form, weight=stated)
         if cls.storage_class is not None:
             return cls.storage_class(form, cls.stores)
         if stated.type == "int":
@@ -152,7 +158,7 @@ class AscendLinearScheme(Scheme):
         """The device's reasons, those of the form that is stated, and the storage's."""
         assert isinstance(context, LinearContext)
         reasons, storage = super().can_serve(context), cls.storage_of(context.form)
-        if storage is None or cls.declares_itself:
+        if storage is None or cls.declares:
             return reasons
         return reasons + (cls._unlike(storage, context.form) or storage.reasons_against(context.input_size))
 
