@@ -6,7 +6,7 @@ It is a stranger's package, announced by an entry point, and served by the schem
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant_core import Packing, StoredForm, WeightForm
+from quant_core import Packing, StoredForm, WeightForm, formats
 from quant_core.packing import pack
 from quant_core.storage import IntegerStorage
 from vllm_ascend_quant.plugin import register
@@ -27,7 +27,7 @@ GROUP = 32
 
 
 @pytest.fixture(autouse=True)
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The format as an installed package."""
     site = tmp_path / "site"
     metadata = site / "pattern_format-1.0.dist-info"
@@ -36,7 +36,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: pattern-format\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[quant_core.formats]\npatterns = pattern_format:PatternFormat\n")
     monkeypatch.syspath_prepend(site)
+    formats._announced.cache_clear()  # read once in a process, and this one had read them
     register()
+    yield
+    formats._announced.cache_clear()
 
 
 def write(folder: Path, num_bits: int, quant_type: str) -> tuple[Path, Path]:

@@ -238,3 +238,15 @@ print(list_schemes()["W1A1", "linear"], list_formats()["tiny"], detect_formats(C
     assert "third_party.One" in said
     assert "third_party.Tiny" in said
     assert "Detection(format='tiny', reason='always')" in said
+
+
+def test_a_class_that_does_not_say_what_it_stores() -> None:
+    """Neither `stores` nor a get_weight of its own: it could serve nothing."""
+
+    class Silent(AscendLinearScheme):
+        def apply(self, layer: object, x: object, *_: object) -> object:
+            return x
+
+    with pytest.raises(RegistrationError, match="Silent does not say what 'SILENT' stores"):
+        register_scheme("SILENT", "linear")(Silent)
+    assert get_scheme_class("SILENT", "linear") is None

@@ -58,12 +58,7 @@ def register_scheme(quant_type: str, layer_type: str) -> Callable[[type[S]], typ
                 found=f"bases {listing(b.__name__ for b in getattr(cls, '__mro__', ())[1:])}",
                 expected=f"a subclass of quant_core.{base.__name__}",
             )
-        if getattr(cls, "stores", cls) is None and cls.get_weight is AscendLinearScheme.get_weight:  # type: ignore[attr-defined]
-            raise RegistrationError(
-                f"{origin(cls)} does not say what {quant_type!r} stores",
-                expected="`stores`, or a get_weight of its own",
-            )
-        holder = _registry.setdefault((quant_type, layer_type), cls)
+        holder = _registry.get((quant_type, layer_type), cls)
         if holder is not cls:
             error = RegistrationError(
                 f"two schemes claim {quant_type!r} on {layer_type} layers",
@@ -73,6 +68,12 @@ def register_scheme(quant_type: str, layer_type: str) -> Callable[[type[S]], typ
             if _loading:
                 _disputed[quant_type, layer_type] = error
             raise error
+        if getattr(cls, "stores", cls) is None and cls.get_weight is AscendLinearScheme.get_weight:  # type: ignore[attr-defined]
+            raise RegistrationError(
+                f"{origin(cls)} does not say what {quant_type!r} stores",
+                expected="`stores`, or a get_weight of its own",
+            )
+        _registry[quant_type, layer_type] = cls
         return cls
 
     return register
