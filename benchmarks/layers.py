@@ -26,7 +26,8 @@ def make_layer(
 ) -> tuple[AscendLinearScheme, nn.Module]:
     """A scheme and its processed layer with `size` input and output features, random weights."""
     bench = Workbench()
-    return bench.serve(scheme_class, [bench.draw(scheme_class, size, size)], dtype=dtype)
+    stored = bench.draw(scheme_class, size, size)
+    return bench.serve(scheme_class, [stored], dtype=dtype, sizes=[size], inputs=size)
 
 
 def run_time_bytes(layer: nn.Module) -> int:

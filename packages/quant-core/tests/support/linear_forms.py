@@ -37,7 +37,7 @@ class Form:
         """
         bench, sizes, inputs = Workbench(), (128, 64), 1024
         members = self.members(sizes, inputs)
-        context = bench.context(members, dtype, sizes=sizes, inputs=inputs, **options)
+        context = bench.context(members, dtype, sizes=sizes, inputs=inputs, scheme_class=self.scheme_class, **options)
         refusals = self.scheme_class.can_serve(context)
         scheme = self.scheme_class.create(context)
         try:
