@@ -1,10 +1,13 @@
 """What is wrong with a folder and can be said from names, shapes and dtypes."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from quant_core import (
     CheckpointError,
@@ -222,3 +225,31 @@ def test_a_rotation_outside_the_folder(tmp_path: Path, small: Any, file: str) ->
 def test_a_rotation_inside_the_folder(tmp_path: Path, small: Any) -> None:
     small.description["optional"] = {"quarot": {"rotation_map": {"global_rotation": "optional/quarot.safetensors"}}}
     ModelSlimFormat.load(CheckpointFolder(small.write(tmp_path)))
+
+
+def seconds(content: dict[str, str], folder: Path) -> float:
+    """Processor time in which a folder with this description and no such weights is refused."""
+    folder.mkdir()
+    save_file({"x": torch.zeros(1)}, folder / "quant_model_weights.safetensors")
+    (folder / DESCRIPTION).write_text(json.dumps(content))
+    start = time.process_time()
+    with pytest.raises(QuantError):
+        ModelSlimFormat.load(CheckpointFolder(folder))
+    return time.process_time() - start
+
+
+HOSTILE = {
+    "as many types as keys": lambda n: {f"layers.{i}.weight": f"T{i}" for i in range(n)},
+    "long types": lambda n: {"layers.0.weight": "T" * 20 * n},
+    "long names": lambda n: {f"layers.{'a' * 20 * n}.weight": "W8A8"},
+    "absent weights": lambda n: {f"layers.{i}.weight": "W8A8" for i in range(n)},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_any_folder_is_answered_in_time_proportional_to_its_bytes(kind: str, tmp_path: Path) -> None:
+    """Ten times the bytes take no hundred times as long; ratios, since no machine is like another."""
+    make = HOSTILE[kind]
+    seconds(make(10), tmp_path / "first")  # what is made once
+    small = max(seconds(make(1000), tmp_path / "small"), 0.01)
+    assert seconds(make(10_000), tmp_path / "large") < 50 * small

@@ -107,3 +107,12 @@ def test_values_of_a_clip_ratio(workbench: Any, value: float, complaint: str | N
     check = flatquant.transform_params(workbench.context([stored((8, 8), (16, 16))]))["clip_ratio"].check
     assert check is not None
     assert check(torch.tensor([value])) == complaint
+
+
+@pytest.mark.parametrize("k", [8 * 10**7, 2**31 - 1])
+def test_any_size_that_a_header_claims_is_answered(k: int) -> None:
+    """The second one is a prime, for which trying each a would take a thousand million steps."""
+    left, right = get_decompose_dim(k)
+    assert left * right == k
+    with pytest.raises(LimitError, match="more than any layer has"):
+        get_decompose_dim(2**40)

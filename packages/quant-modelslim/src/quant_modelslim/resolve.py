@@ -19,6 +19,9 @@ from quant_core.errors import listing
 from quant_modelslim.description import ATTENTION_TYPE, NAME, Description
 from quant_modelslim.type_names import CACHE_SUFFIXES, FLOAT, FLOAT_TYPES
 
+#: Letters of a name that is compared with others: the time that it takes grows with their square.
+_LONGEST = 200
+
 #: Dtypes that no float tensor has.
 QUANTISED_DTYPES = frozenset({torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
 
@@ -131,8 +134,9 @@ def nearest(module: str, description: Description, count: int = 3) -> list[str]:
     components = set(module.split("."))
     modules = sorted({key.rpartition(".")[0] for key in description.types if key.endswith(".weight")})
     # Comparing letter by letter with every module of a large model takes seconds.
-    alike = heapq.nlargest(200, modules, key=lambda other: len(components.intersection(other.split("."))))
-    return difflib.get_close_matches(module, alike, n=count, cutoff=0.3)
+    short = (other for other in modules if len(other) <= _LONGEST)
+    alike = heapq.nlargest(200, short, key=lambda other: len(components.intersection(other.split("."))))
+    return difflib.get_close_matches(module[:_LONGEST], alike, n=count, cutoff=0.3)
 
 
 def is_float(dtype: torch.dtype) -> bool:

@@ -68,9 +68,10 @@ def _unplannable(folder: PlannedFolder, description: Description) -> Iterator[Fi
 
 def _unknown_types(description: Description) -> Iterator[Finding]:
     keys: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for quant_type in dict.fromkeys(description.types.values()):  # few types have many keys
-        if quant_type not in FLOAT_TYPES and not _is_known(quant_type):
-            keys[quant_type, "linear"] = [key for key, said in description.types.items() if said == quant_type]
+    unknown = {t for t in set(description.types.values()) if t not in FLOAT_TYPES and not _is_known(t)}
+    for key, quant_type in description.types.items() if unknown else ():
+        if quant_type in unknown:
+            keys[quant_type, "linear"].append(key)
     for module, quant_type in description.attention_types.items():
         if get_scheme_class(quant_type, "attention") is None:
             keys[quant_type, "attention"].append(f"{module}.{ATTENTION_TYPE}")
@@ -123,7 +124,7 @@ def _absent(folder: CheckpointFolder, description: Description) -> Iterator[Prob
     # A FLOAT key without a tensor is left to the loader: writers add such keys for what they skipped, and whether the
     # model needs the tensor is known only then.
     tensors = folder.tensors
-    types = [t for t in set(description.types.values()) if t not in FLOAT_TYPES and _is_known(t)]
+    types = {t for t in set(description.types.values()) if t not in FLOAT_TYPES and _is_known(t)}
     for key, quant_type in description.types.items():
         if key not in tensors and quant_type in types:
             yield key, f"{key} is described as {quant_type}, but no file holds it"

@@ -14,6 +14,9 @@ from quant_core.errors import LimitError
 from quant_core.schemes.context import LinearContext
 from quant_core.schemes.params import Param, finite, positive, replace_parameter, tensor_of
 
+#: Input features that a header may claim and that are still looked at.
+_MOST_FEATURES = 2**31
+
 
 def get_decompose_dim(k: int) -> tuple[int, int]:
     """The factors (L, R) of k that are nearest to a square: L = a - b and R = a + b for the smallest a >= sqrt(k) for
@@ -28,11 +31,11 @@ def get_decompose_dim(k: int) -> tuple[int, int]:
     """
     if k < 1 or k % 4 == 2:
         raise LimitError(f"{k} input features are no difference of two squares, so they are not cut into L · R")
-    a = math.isqrt(k - 1) + 1
-    while math.isqrt(a * a - k) ** 2 != a * a - k:
-        a += 1
-    b = math.isqrt(a * a - k)
-    return a - b, a + b
+    if k > _MOST_FEATURES:
+        raise LimitError(f"{k} input features are more than any layer has", expected=f"at most {_MOST_FEATURES}")
+    # The largest divisor that has the parity of its partner: that is the smallest a, without trying each of them.
+    left = next(left for left in range(math.isqrt(k), 0, -1) if k % left == 0 and (left + k // left) % 2 == 0)
+    return left, k // left
 
 
 def transform_sizes(context: LinearContext) -> tuple[int, int]:

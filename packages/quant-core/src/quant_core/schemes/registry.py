@@ -22,6 +22,9 @@ LAYER_TYPES: dict[str, type[Scheme]] = {
     "attention": AscendAttentionScheme,
 }
 
+#: Letters of a name that are compared with others: the time that it takes grows with their square.
+_LONGEST = 100
+
 S = TypeVar("S", bound=Scheme)
 
 logger = logging.getLogger(__name__)
@@ -104,7 +107,7 @@ def require_scheme_class(quant_type: str, layer_type: str, where: object = None)
         return found
     types = sorted(t for t, kind in _registry if kind == layer_type)
     elsewhere = sorted(kind for t, kind in _registry if t == quant_type)
-    near = difflib.get_close_matches(quant_type, types, n=1)
+    near = difflib.get_close_matches(quant_type[:_LONGEST], types, n=1)
     hints = [f"the nearest name is {near[0]!r}"] if near else []
     hints += [f"{quant_type!r} exists for {listing(elsewhere)} layers"] if elsewhere else []
     hints.append(f"a package can add it in the entry-point group {ENTRY_POINT_GROUP!r}")
