@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.model_executor.parameter import BasevLLMParameter, PerTensorScaleParameter
+from vllm.model_executor.parameter import BasevLLMParameter, PackedColumnParameter, PerTensorScaleParameter
 
 from quant_core import Param
 from quant_core.schemes.filling import Filling
@@ -29,7 +29,8 @@ class AscendParameter(BasevLLMParameter):
         return parameter
 
     def __init__(self, filling: Filling, weight_loader: Callable[..., None]) -> None:
-        super().__init__(data=self.data, weight_loader=weight_loader)
+        # Not super's: vLLM's other classes, by which its loaders tell parameters apart, want what the layout has.
+        BasevLLMParameter.__init__(self, data=self.data, weight_loader=weight_loader)
         self.filling = filling
         self.vocabulary = (0, 0)
         if filling.layout.param.dummy is not None:
@@ -94,10 +95,31 @@ class AscendPerTensorParameter(AscendParameter, PerTensorScaleParameter):
     """The same for what has no output features: vLLM repeats it for each member of a module that was fused on disk."""
 
 
+class AscendPackedParameter(AscendParameter, PackedColumnParameter):
+    """The same for several output features in one element: vLLM cuts a module that was fused on disk accordingly."""
+
+    @property
+    def packed_dim(self) -> int | None:
+        """The axis of output features."""
+        return self.param.output_dim
+
+    @property
+    def packed_factor(self) -> int:
+        """Output features in one element."""
+        return self.param.output_step
+
+    @property
+    def marlin_tile_size(self) -> None:
+        """A layout of GPUs."""
+        return None
+
+
 def make_parameter(filling: Filling, weight_loader: Callable[..., None]) -> AscendParameter:
     """The parameter for a layout that is about to be filled."""
-    kind = AscendPerTensorParameter if filling.layout.param.output_dim is None else AscendParameter
-    return kind(filling, weight_loader)
+    param = filling.layout.param
+    if param.output_dim is None:
+        return AscendPerTensorParameter(filling, weight_loader)
+    return (AscendPackedParameter if param.output_step > 1 else AscendParameter)(filling, weight_loader)
 
 
 def load_replicated(param: AscendParameter, loaded_weight: torch.Tensor, shard_id: int | None = None) -> None:
