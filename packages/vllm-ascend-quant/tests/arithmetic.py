@@ -136,11 +136,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def wrong_weights(quantised: dict[str, Tensor], exact: dict[str, Tensor]) -> list[str]:
-    """Layers whose int8 weights are not those of the float model, rounded."""
+def wrong_weights(quantised: dict[str, Tensor], exact: dict[str, Tensor], largest: int = 127) -> list[str]:
+    """Layers whose weights are not those of the float model, rounded to multiples of maximum / `largest`."""
     wrong = []
     for path, weight in quantised.items():
-        step = exact[path].abs().amax(1, keepdim=True) / 127
-        if not ((weight - exact[path]).abs() <= 0.51 * step + 0.01 * exact[path].abs()).all():
+        step = exact[path].abs().amax(1, keepdim=True) / largest
+        if not ((weight - exact[path]).abs() <= 0.52 * step + 0.01 * exact[path].abs()).all():
             wrong.append(path)
     return wrong

@@ -34,6 +34,16 @@ def stopped(
 ) -> LoadError:
     """The error for whatever vLLM raised while it loaded the last of the tensors that it was given."""
     name, form = (last[0][0], f"{last[0][1].dtype} {list(last[0][1].shape)}") if last else ("the first tensor", None)
+    module, _, suffix = name.rpartition(".")
+    if last and last[0][1].numel() == 1 and suffix != "weight" and module in stored_modules(quant_format):
+        return LoadError(
+            f"vLLM's loader of this model treats all tensors of {module} as if they had the weight's rows, and stopped "
+            f"at {suffix}: {_in_short(error)}",
+            where=folder,
+            found=form,
+            todo="quantise this module with a type that stores nothing for a whole weight, such as W8A8_DYNAMIC, or "
+            "leave it float",
+        )
     return LoadError(
         f"vLLM could not load {name}: {_in_short(error)}",
         where=folder,

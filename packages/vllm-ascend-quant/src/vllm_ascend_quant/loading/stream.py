@@ -14,6 +14,7 @@ from vllm_ascend_quant.loading.explaining import stopped
 from vllm_ascend_quant.loading.floats import check_rows, mark_unfilled
 from vllm_ascend_quant.loading.source import check_source
 from vllm_ascend_quant.methods.parameter import AscendParameter
+from vllm_ascend_quant.methods.rows import handed_out
 from vllm_ascend_quant.served_model import ServedModel
 
 
@@ -46,6 +47,8 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
             if isinstance(error, (QuantError, MemoryError, torch.OutOfMemoryError)):
                 raise
             raise stopped(served.format, failed, last, error) from error
+        finally:
+            handed_out.forget()
         loading = served.loading
         loading.called = True
         loading.reported = None if reported is None else (loading.reported or set()) | set(reported)
@@ -65,7 +68,11 @@ def _canonical(
         last[:] = [(name, tensor)]
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
+            handed_out.note(tensor)
             yield canonical, tensor
+            question = handed_out.question(tensor)
+            if question is not None:
+                yield canonical, question
 
 
 def give_up(model: nn.Module, served: ServedModel) -> None:
@@ -73,5 +80,5 @@ def give_up(model: nn.Module, served: ServedModel) -> None:
     served.model_config.model = served.loading.held
     for param in model.parameters():
         if isinstance(param, AscendParameter):
-            param.filling.filled.clear()
+            param.begin_again()
     compat.abandon_reload(model)

@@ -35,6 +35,7 @@ from quant_core.schemes.verify import absent_params, check_values, linear_params
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.methods.exact_tp import exact_tp_wanted, max_over_ranks
 from vllm_ascend_quant.methods.parameter import AscendParameter, load_replicated, make_parameter
+from vllm_ascend_quant.methods.rows import align
 
 
 @register_weight_loader_v2_supported_method
@@ -130,6 +131,7 @@ class AscendLinearMethod(LinearMethodBase):
 
         Raises:
             LoadError: names what was not loaded, or values that cannot be used.
+            LimitError: if the model's loader rearranged rows in a way that this type cannot follow.
 
         """
         if self.restored:
@@ -138,11 +140,12 @@ class AscendLinearMethod(LinearMethodBase):
         stored = stored_parameters(layer)
         if not self.made_up or any(param.filling.filled for param in stored.values()):
             self._check(layer)
+            align(self.name, stored)
         else:
             for param in stored.values():
                 compat.make_up(param)
         for param in stored.values():
-            param.filling.filled.clear()
+            param.begin_again()
         self.make_run_time_form(layer)
 
     def make_run_time_form(self, layer: nn.Module) -> None:

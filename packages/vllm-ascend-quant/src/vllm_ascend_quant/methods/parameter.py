@@ -8,6 +8,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, PackedColumnParamet
 
 from quant_core import Param
 from quant_core.schemes.filling import Filling
+from vllm_ascend_quant.methods.rows import Rows, handed_out, is_question
 
 _QKV = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
 
@@ -18,6 +19,7 @@ class AscendParameter(BasevLLMParameter):
     Attributes:
         filling: layout and record. Shared by vLLM's shallow copies of the parameter, which is wanted: a reload loads
             through copies.
+        rows: what the model's loader did with the rows. Shared likewise.
         vocabulary: the checkpoint's rows that this rank holds of a vocabulary layer: first, and end.
 
     """
@@ -32,6 +34,7 @@ class AscendParameter(BasevLLMParameter):
         # Not super's: vLLM's other classes, by which its loaders tell parameters apart, want what the layout has.
         BasevLLMParameter.__init__(self, data=self.data, weight_loader=weight_loader)
         self.filling = filling
+        self.rows = Rows()
         self.vocabulary = (0, 0)
         if filling.layout.param.dummy is not None:
             self.dummy_weight_value = filling.layout.param.dummy
@@ -87,7 +90,19 @@ class AscendParameter(BasevLLMParameter):
         self.data.narrow(axis, filled, size - filled).fill_(self.param.dummy or 0)
         self.filling.filled.add((0, 0))
 
+    def begin_again(self) -> None:
+        """Forget what was loaded."""
+        self.filling.filled.clear()
+        self.rows.rearranged.clear()
+
     def _load(self, member: int, loaded: torch.Tensor, output_part: int) -> None:
+        if is_question(loaded):
+            self.rows.learn(self.filling, member, loaded, output_part, self.tp_rank)
+            return
+        if self.param.output_dim is not None and not handed_out.came_as_it_was(loaded):
+            self.rows.rearranged.add(member)
+            if self.filling.layout.name == "weight" and member not in self.rows.order:
+                handed_out.ask(self.param.output_dim)
         self.filling.load(self.data, loaded, member, output_part=output_part, input_part=self.tp_rank)
 
 

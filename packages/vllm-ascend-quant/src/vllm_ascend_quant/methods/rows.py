@@ -1,0 +1,141 @@
+"""Rows of a weight that a model's loader rearranges on the way.
+
+Llama 4's loader permutes the rows of q and k for vLLM's rotary embedding. It goes by the names of tensors, and does not
+know most of those that hold a number per row beside a quantised weight: they would belong to other rows then. So each
+parameter takes note whether what it is given is still the stream's tensor or something else made from it; in that case
+the loader is given the numbers of the rows under the weight's name, and what was left behind follows by them.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from quant_core import LimitError
+from quant_core.errors import listing
+from quant_core.schemes.filling import Filling
+
+if TYPE_CHECKING:
+    from vllm_ascend_quant.methods.parameter import AscendParameter
+
+#: The type of tensors of row numbers. No checkpoint has tensors of this type where a scheme declares one.
+_NUMBERS = torch.float64
+
+
+@dataclass
+class Rows:
+    """What a model's loader did with the rows of one parameter.
+
+    Attributes:
+        rearranged: members that came as something else than the stream's tensor.
+        order: by member, which stored row became which, within what this rank holds; None if that is no permutation.
+            Kept for reloads, which go through the same loader.
+
+    """
+
+    rearranged: set[int] = field(default_factory=set)
+    order: dict[int, torch.Tensor | None] = field(default_factory=dict)
+
+    def learn(self, filling: Filling, member: int, numbers: torch.Tensor, output_part: int, input_part: int) -> None:
+        """Take the order from row numbers that came the way of the weight."""
+        layout, axis = filling.layout, filling.layout.members[member].output_dim
+        assert axis is not None
+        here = layout.cut(numbers, member, output_part, input_part).movedim(axis, 0).flatten(1)[:, 0].long()
+        there = layout.cut(_numbers(layout.members[member].shape, axis), member, output_part, input_part)
+        first = int(there.min())
+        if len(set(filling.modules[0])) < len(filling.modules[0]):  # fused on disk: numbered over all members
+            first += sum(part.shape[axis] for part in layout.members[:member])
+        expected = torch.arange(first, first + len(here))
+        self.order[member] = here - first if torch.equal(here.sort().values, expected) else None
+
+
+class HandedOut:
+    """The tensors of the stream that are still alive, and the last one whose rows were found rearranged."""
+
+    def __init__(self) -> None:
+        self._by_address: dict[int, list[weakref.ref[torch.Tensor]]] = {}
+        self._asked_axis: int | None = None
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Remember a tensor that a loader is given."""
+        self._by_address.setdefault(_address(tensor), []).append(weakref.ref(tensor))
+
+    def forget(self) -> None:
+        """The stream has ended."""
+        self._by_address.clear()
+        self._asked_axis = None
+
+    def came_as_it_was(self, tensor: torch.Tensor) -> bool:
+        """Whether this is a stream's tensor or a view of one, or comes from no stream."""
+        if not self._by_address:
+            return True
+        return any(reference() is not None for reference in self._by_address.get(_address(tensor), ()))
+
+    def ask(self, axis: int) -> None:
+        """Have the stream send row numbers under the name of the last tensor, whose rows lie on this axis."""
+        self._asked_axis = axis
+
+    def question(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Numbers of a tensor's rows, in its shape, if the loader is to be asked about it."""
+        axis, self._asked_axis = self._asked_axis, None
+        return None if axis is None else _numbers(tuple(tensor.shape), axis)
+
+
+#: One model is loaded at a time in a process.
+handed_out = HandedOut()
+
+
+def is_question(tensor: torch.Tensor) -> bool:
+    """Whether these are row numbers and no weights."""
+    return tensor.dtype == _NUMBERS
+
+
+def align(name: str, parameters: Mapping[str, "AscendParameter"]) -> None:
+    """Let whatever a layer has one entry per row of follow the rows of its weight.
+
+    Args:
+        name: the layer's, for messages.
+        parameters: what was loaded, by suffix; the order of rows is that of `weight`.
+
+    Raises:
+        LimitError: names what cannot follow: several rows in one element, or rows from elsewhere.
+
+    """
+    weight = parameters.get("weight")
+    if weight is None:
+        return
+    for member in sorted(weight.rows.rearranged):
+        order = weight.rows.order.get(member)
+        if order is not None and torch.equal(order, torch.arange(len(order))):
+            continue  # copied only
+        packed = weight.param.output_step > 1
+        behind = {
+            suffix: parameter
+            for suffix, parameter in parameters.items()
+            if parameter.param.output_dim is not None
+            and (member not in parameter.rows.rearranged or parameter.param.output_step > 1)
+        }
+        stuck = [s for s, parameter in behind.items() if packed or order is None or parameter.param.output_step > 1]
+        if stuck:
+            module = weight.filling.modules[0][member]
+            raise LimitError(
+                f"{name}: vLLM's loader of this model rearranges the rows of {module}.weight, and "
+                f"{listing(f'{module}.{suffix}' for suffix in stuck)} cannot be rearranged likewise",
+                todo="quantise this module with W8A8_DYNAMIC, or leave it float",
+            )
+        for parameter in behind.values():
+            assert order is not None
+            assert parameter.param.output_dim is not None
+            part = parameter.filling.layout.part(parameter.data, member)
+            part.copy_(part.index_select(parameter.param.output_dim, order.to(part.device)))
+
+
+def _numbers(shape: tuple[int, ...], axis: int) -> torch.Tensor:
+    numbers = torch.arange(shape[axis], dtype=_NUMBERS)
+    return numbers.view([-1 if other == axis else 1 for other in range(len(shape))]).expand(shape)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
