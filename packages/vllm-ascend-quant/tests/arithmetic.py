@@ -124,7 +124,7 @@ def layer_weights(llm: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """What each linear layer multiplies by, [out, in], seen from outside: unit vectors quantise without error."""
+    """Each linear layer's weight plus bias, [out, in], seen from outside: unit vectors quantise without error."""
     from vllm.model_executor.layers.linear import LinearBase
 
     weights = {}
@@ -132,15 +132,16 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, LinearBase) and not (hasattr(layer, "weight") and layer.weight.dim() == 3):
             size = getattr(layer, "input_size_per_partition", layer.input_size)
             dtype = getattr(layer, "params_dtype", torch.float32)
-            weights[path] = layer.quant_method.apply(layer, torch.eye(size, dtype=dtype)).t().float()
+            bias = getattr(layer, "bias", None)
+            weights[path] = layer.quant_method.apply(layer, torch.eye(size, dtype=dtype), bias).t().float()
     return weights
 
 
 def wrong_weights(quantised: dict[str, Tensor], exact: dict[str, Tensor], largest: int = 127) -> list[str]:
-    """Layers whose weights are not those of the float model, rounded to multiples of maximum / `largest`."""
+    """Layers whose weights are not those of the float model, rounded to multiples of their maximum / `largest`."""
     wrong = []
     for path, weight in quantised.items():
-        step = exact[path].abs().amax(1, keepdim=True) / largest
-        if not ((weight - exact[path]).abs() <= 0.52 * step + 0.01 * exact[path].abs()).all():
+        range_ = exact[path].amax(1, keepdim=True) - exact[path].amin(1, keepdim=True)  # without the bias
+        if not ((weight - exact[path]).abs() <= 0.52 * range_ / largest + 0.01 * exact[path].abs()).all():
             wrong.append(path)
     return wrong

@@ -291,6 +291,12 @@ WORKER: dict[str, tuple[str, Change, list[str]]] = {
         [f"{K}.input_offset\n", "whole numbers from -128 to 127"],
     ),
     "offset of a symmetric type": (DYNAMIC, put(f"{K}.weight_offset", 1.0), [f"{K}.weight_offset\n", "zero"]),
+    "norm NaN": (
+        W8A8,
+        put("model.norm.weight", math.nan),
+        ["model.norm.weight holds values that are not finite: 1 of 128", "where: quant_model_weights", "nan at [0]"],
+    ),
+    "float weight infinite": (W8A8, put("lm_head.weight", math.inf), ["lm_head.weight holds", "found: inf at [0, 0]"]),
     "overflowed bias": (W8A8, put(f"{K}.quant_bias", -(2**31)), [f"{K}.quant_bias\n", "overflowed"]),
     "more layers": (
         W8A8,

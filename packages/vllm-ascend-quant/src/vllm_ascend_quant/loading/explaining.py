@@ -63,13 +63,13 @@ def _sizes_hint(quant_format: QuantFormat) -> str | None:
 
 
 def layers_hint(quant_format: QuantFormat) -> str | None:
-    """How many layers config.json asks for and how many the files hold, if the names tell."""
+    """How many layers config.json asks for and how many the files hold, if the names tell that they differ."""
     section = quant_format.folder.config
     asked = (section.get("text_config") or section).get("num_hidden_layers")
     parts = (name.split(".") for name in stored_modules(quant_format))
     # The first number of a name is the layer's; one behind it may be an expert's.
     numbers = {next((int(part) for part in name if part.isdigit()), 0) for name in parts}
-    if not isinstance(asked, int) or not numbers:
+    if not isinstance(asked, int) or not numbers or asked == max(numbers) + 1:
         return None
     return f"config.json asks for {asked} layers, the highest layer number in the files is {max(numbers)}"
 

@@ -11,7 +11,7 @@ from torch import nn
 from quant_core import QuantError, QuantFormat
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.loading.explaining import stopped
-from vllm_ascend_quant.loading.floats import check_rows, mark_unfilled
+from vllm_ascend_quant.loading.floats import check_finite, check_rows, mark_unfilled
 from vllm_ascend_quant.loading.source import check_source
 from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.methods.rows import handed_out
@@ -40,7 +40,7 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
             other = check_source(served, started)
             if other is not None:
                 check_rows(loaded_model, served, other)
-            reported = original(_canonical(weights, other or served.format, last), *args, **kwargs)
+            reported = original(_canonical(weights, served, other or served.format, last), *args, **kwargs)
         except Exception as error:
             failed = served.model_config.model
             give_up(loaded_model, served)
@@ -61,13 +61,23 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
 
 
 def _canonical(
-    weights: Iterable[tuple[str, torch.Tensor]], quant_format: QuantFormat, last: list[tuple[str, torch.Tensor]]
+    weights: Iterable[tuple[str, torch.Tensor]],
+    served: ServedModel,
+    quant_format: QuantFormat,
+    last: list[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stream under canonical names, without what no layer needs; `last` holds what came last, as it came."""
+    """The stream under canonical names, without what no layer needs; `last` holds what came last, as it came.
+
+    Where a loader rearranged the rows of a weight, numbers of its rows follow under the same name.
+    """
+    # Their tensors are checked by what they mean.
+    quantised = {module for quant in served.layers.values() if quant.quant_type is not None for module in quant.modules}
     for name, tensor in weights:
         last[:] = [(name, tensor)]
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
+            if name.rpartition(".")[0] not in quantised:
+                check_finite(name, tensor, quant_format)
             handed_out.note(tensor)
             yield canonical, tensor
             question = handed_out.question(tensor)
