@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vllm.model_executor.layers import quantization
 
 from quant_core import Packing, StoredForm, WeightForm, formats
 from quant_core.packing import pack
 from quant_core.storage import IntegerStorage
+from vllm_ascend_quant import compat
 from vllm_ascend_quant.plugin import register
 
 MODEL = Path(__file__).parents[3] / "testdata" / "models" / "qwen3"
@@ -40,6 +42,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     register()
     yield
     formats._announced.cache_clear()
+    quantization.QUANTIZATION_METHODS.remove("patterns")  # vLLM asks every method it knows about every checkpoint
+    registry, name = compat.module_level(compat.ADDED_METHODS)
+    del getattr(registry, name)["patterns"]
 
 
 def write(folder: Path, num_bits: int, quant_type: str) -> tuple[Path, Path]:
