@@ -1,6 +1,9 @@
 """Every architecture that we can make a tiny model of: does a ModelSlim checkpoint of it load, and is it right?
 
-    python packages/vllm-ascend-quant/tests/survey.py [names] [--out FOLDER]
+    python packages/vllm-ascend-quant/tests/survey.py [names] [--out FOLDER] [--rows]
+
+With --rows each layer's weight is compared with the float model's, as vLLM loads both, for three ways of storing what
+belongs to a row.
 
 Not collected by pytest: about 15 seconds each. Each runs in a fork of this process, which has imported everything.
 """
@@ -13,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ for name, value in {
 
 import architectures as tiny_models  # noqa: E402
 import arithmetic  # noqa: E402
+import storing  # noqa: E402
+from conftest import loaded  # noqa: E402
 from survey_table import TABLE  # noqa: E402
 
 ENGINE: dict[str, Any] = {
@@ -40,6 +46,9 @@ ENGINE: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "disable_log_stats": True,
 }
+
+#: A value per row beside the weight; one more; two rows to a byte.
+ROWS = ("W8A8 static", "W8A16 asymmetric", "W4A8_DYNAMIC")
 
 
 def start(folder: Path, options: dict[str, Any]) -> Any:
@@ -76,6 +85,29 @@ def judge(name: str, folder: Path) -> dict[str, Any]:
     if not right(result):
         # Is it vLLM's own doing? Then its float model fails or differs as well.
         judge_engine(result, "float_", folder / "float", architecture.engine, prompts, float_reference, set(), weights)
+    return result
+
+
+def judge_rows(name: str, folder: Path) -> dict[str, Any]:
+    """One architecture's result by way of storing."""
+    architecture = TABLE[name]
+    options = {"max_model_len": 128, "skip_tokenizer_init": True, **architecture.engine}
+    result: dict[str, Any] = {"name": name}
+    made = {way: folder / str(number) for number, way in enumerate(ROWS)}
+    try:
+        for way, target in made.items():  # all before vLLM is started, which changes transformers' models
+            storing.make(target, architecture, way)
+        with loaded(made[ROWS[0]] / "float", **options) as model:
+            exact = arithmetic.weights_of(model)
+    except BaseException as error:
+        return {**result, "no_model": why(error)}
+    for way, target in made.items():
+        try:
+            with loaded(target / "quant", **options) as model:
+                wrong = arithmetic.wrong_weights(arithmetic.weights_of(model), exact, storing.WAYS[way][2])
+            result[way] = f"WRONG {wrong}" if wrong else "ok"
+        except BaseException as error:
+            result[way] = f"refused: {why(error)}"
     return result
 
 
@@ -122,6 +154,8 @@ def right(result: dict[str, Any]) -> bool:
 
 def verdict(result: dict[str, Any]) -> str:
     """One line: ok, or whose fault it is as far as can be told."""
+    if any(way in result for way in ROWS):
+        return "; ".join(f"{way} {str(result.get(way))[:300]!r}" for way in ROWS)
     if "no_model" in result:
         return f"no model   {result['no_model'][:200]!r}"
     if result.get("error", "").startswith("load") and result.get("float_error", "").startswith("load"):
@@ -154,7 +188,7 @@ def why(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:700]} @ {' '.join(places)}"
 
 
-def fork(name: str, out: Path, limit: int) -> dict[str, Any]:
+def fork(judge: Callable[[str, Path], dict[str, Any]], name: str, out: Path, limit: int) -> dict[str, Any]:
     """Judge in a child process; whatever it prints goes to a log."""
     result_file, folder = out / f"{name}.json", out / "work" / name
     result_file.unlink(missing_ok=True)
@@ -191,6 +225,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("/tmp/survey"))
     parser.add_argument("--limit", type=int, default=150)
     parser.add_argument("--skip-done", action="store_true")
+    parser.add_argument("--rows", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     import transformers  # noqa: F401
@@ -210,7 +245,7 @@ def main() -> None:
             before = json.loads((arguments.out / f"{name}.json").read_text())
             if verdict(before).startswith("ok"):
                 continue
-        result = fork(name, arguments.out, arguments.limit)
+        result = fork(judge_rows if arguments.rows else judge, name, arguments.out, arguments.limit)
         print(f"{name:24} {result['seconds']:5.0f}s {verdict(result)[:1200]}", flush=True)
 
 

@@ -96,7 +96,7 @@ class AscendParameter(BasevLLMParameter):
         self.rows.rearranged.clear()
 
     def _load(self, member: int, loaded: torch.Tensor, output_part: int) -> None:
-        if is_question(loaded):
+        if is_question(loaded) and member in self.rows.rearranged and self.filling.layout.name == "weight":
             self.rows.learn(self.filling, member, loaded, output_part, self.tp_rank)
             return
         if self.param.output_dim is not None and not handed_out.came_as_it_was(loaded):

@@ -20,7 +20,7 @@ from quant_core.schemes.filling import Filling
 if TYPE_CHECKING:
     from vllm_ascend_quant.methods.parameter import AscendParameter
 
-#: The type of tensors of row numbers. No checkpoint has tensors of this type where a scheme declares one.
+#: The type of tensors of row numbers. No quantised weight has it.
 _NUMBERS = torch.float64
 
 
