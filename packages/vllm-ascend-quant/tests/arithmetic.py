@@ -123,8 +123,11 @@ def layer_weights(llm: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Each linear layer's weight plus bias, [out, in], seen from outside: unit vectors quantise without error."""
+def weights_of(model: nn.Module, *, with_bias: bool = False) -> dict[str, Tensor]:
+    """What each linear layer multiplies by, [out, in], seen from outside: unit vectors quantise without error.
+
+    `with_bias` adds the bias, which static types hold inside.
+    """
     from vllm.model_executor.layers.linear import LinearBase
 
     weights = {}
@@ -132,7 +135,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, LinearBase) and not (hasattr(layer, "weight") and layer.weight.dim() == 3):
             size = getattr(layer, "input_size_per_partition", layer.input_size)
             dtype = getattr(layer, "params_dtype", torch.float32)
-            bias = getattr(layer, "bias", None)
+            bias = getattr(layer, "bias", None) if with_bias else None
             weights[path] = layer.quant_method.apply(layer, torch.eye(size, dtype=dtype), bias).t().float()
     return weights
 

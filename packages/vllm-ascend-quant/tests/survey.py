@@ -98,13 +98,15 @@ def judge_rows(name: str, folder: Path) -> dict[str, Any]:
         for way, target in made.items():  # all before vLLM is started, which changes transformers' models
             storing.make(target, architecture, way)
         with loaded(made[ROWS[0]] / "float", **options) as model:
-            exact = arithmetic.weights_of(model)
+            exact = arithmetic.weights_of(model, with_bias=True)
     except BaseException as error:
         return {**result, "no_model": why(error)}
     for way, target in made.items():
         try:
             with loaded(target / "quant", **options) as model:
-                wrong = arithmetic.wrong_weights(arithmetic.weights_of(model), exact, storing.WAYS[way][2])
+                wrong = arithmetic.wrong_weights(
+                    arithmetic.weights_of(model, with_bias=True), exact, storing.WAYS[way][2]
+                )
             result[way] = f"WRONG {wrong}" if wrong else "ok"
         except BaseException as error:
             result[way] = f"refused: {why(error)}"

@@ -45,11 +45,13 @@ def test_each_layer_multiplies_by_its_weight(
     """Compared with the float model as vLLM loads it, up to half a step of the quantised weight."""
     storing.make(tmp_path, TABLE[name], way)
     with load_model(tmp_path / "float", skip_tokenizer_init=True) as model:
-        exact = arithmetic.weights_of(model)
+        exact = arithmetic.weights_of(model, with_bias=True)
     refused = REFUSED.get((name, way))
     with contextlib.nullcontext() if refused is None else pytest.raises(QuantError, match=refused):  # noqa: SIM117
         with load_model(tmp_path / "quant", skip_tokenizer_init=True) as model:
-            assert not arithmetic.wrong_weights(arithmetic.weights_of(model), exact, storing.WAYS[way][2])
+            assert not arithmetic.wrong_weights(
+                arithmetic.weights_of(model, with_bias=True), exact, storing.WAYS[way][2]
+            )
 
 
 def test_rows_follow_at_reload(tmp_path: Path, start_engine: Callable[..., Any]) -> None:

@@ -34,8 +34,7 @@ from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import absent_params, check_values, linear_params
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.methods.exact_tp import exact_tp_wanted, max_over_ranks
-from vllm_ascend_quant.methods.parameter import AscendParameter, load_replicated, make_parameter
-from vllm_ascend_quant.methods.rows import align
+from vllm_ascend_quant.methods.parameter import AscendParameter, align_rows, load_replicated, make_parameter
 
 
 @register_weight_loader_v2_supported_method
@@ -140,7 +139,7 @@ class AscendLinearMethod(LinearMethodBase):
         stored = stored_parameters(layer)
         if not self.made_up or any(param.filling.filled for param in stored.values()):
             self._check(layer)
-            align(self.name, stored)
+            align_rows(self.name, stored)
         else:
             for param in stored.values():
                 compat.make_up(param)

@@ -1,12 +1,13 @@
 """One vLLM parameter class for everything that a scheme declares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from vllm.model_executor.parameter import BasevLLMParameter, PackedColumnParameter, PerTensorScaleParameter
 
-from quant_core import Param
+from quant_core import LimitError, Param
+from quant_core.errors import listing
 from quant_core.schemes.filling import Filling
 from vllm_ascend_quant.methods.rows import Rows, handed_out, is_question
 
@@ -135,6 +136,46 @@ def make_parameter(filling: Filling, weight_loader: Callable[..., None]) -> Asce
     if param.output_dim is None:
         return AscendPerTensorParameter(filling, weight_loader)
     return (AscendPackedParameter if param.output_step > 1 else AscendParameter)(filling, weight_loader)
+
+
+def align_rows(name: str, parameters: Mapping[str, AscendParameter]) -> None:
+    """Let whatever a layer has one entry per row of follow the rows of its weight.
+
+    Args:
+        name: the layer's, for messages.
+        parameters: what was loaded, by suffix; the order of rows is that of `weight`.
+
+    Raises:
+        LimitError: names what cannot follow: several rows in one element, or rows from elsewhere.
+
+    """
+    weight = parameters.get("weight")
+    if weight is None:
+        return
+    for member in sorted(weight.rows.rearranged):
+        order = weight.rows.order.get(member)
+        if order is not None and torch.equal(order, torch.arange(len(order))):
+            continue  # copied only
+        packed = weight.param.output_step > 1
+        behind = {
+            suffix: parameter
+            for suffix, parameter in parameters.items()
+            if parameter.param.output_dim is not None
+            and (member not in parameter.rows.rearranged or parameter.param.output_step > 1)
+        }
+        stuck = [s for s, parameter in behind.items() if packed or order is None or parameter.param.output_step > 1]
+        if stuck:
+            module = weight.filling.modules[0][member]
+            raise LimitError(
+                f"{name}: vLLM's loader of this model rearranges the rows of {module}.weight, and "
+                f"{listing(f'{module}.{suffix}' for suffix in stuck)} cannot be rearranged likewise",
+                todo="quantise this module with W8A8_DYNAMIC, or leave it float",
+            )
+        for parameter in behind.values():
+            assert order is not None
+            assert parameter.param.output_dim is not None
+            part = parameter.filling.layout.part(parameter.data, member)
+            part.copy_(part.index_select(parameter.param.output_dim, order.to(part.device)))
 
 
 def load_replicated(param: AscendParameter, loaded_weight: torch.Tensor, shard_id: int | None = None) -> None:

@@ -7,18 +7,11 @@ the loader is given the numbers of the rows under the weight's name, and what wa
 """
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
-from quant_core import LimitError
-from quant_core.errors import listing
 from quant_core.schemes.filling import Filling
-
-if TYPE_CHECKING:
-    from vllm_ascend_quant.methods.parameter import AscendParameter
 
 #: The type of tensors of row numbers. No quantised weight has it.
 _NUMBERS = torch.float64
@@ -90,46 +83,6 @@ handed_out = HandedOut()
 def is_question(tensor: torch.Tensor) -> bool:
     """Whether these are row numbers and no weights."""
     return tensor.dtype == _NUMBERS
-
-
-def align(name: str, parameters: Mapping[str, "AscendParameter"]) -> None:
-    """Let whatever a layer has one entry per row of follow the rows of its weight.
-
-    Args:
-        name: the layer's, for messages.
-        parameters: what was loaded, by suffix; the order of rows is that of `weight`.
-
-    Raises:
-        LimitError: names what cannot follow: several rows in one element, or rows from elsewhere.
-
-    """
-    weight = parameters.get("weight")
-    if weight is None:
-        return
-    for member in sorted(weight.rows.rearranged):
-        order = weight.rows.order.get(member)
-        if order is not None and torch.equal(order, torch.arange(len(order))):
-            continue  # copied only
-        packed = weight.param.output_step > 1
-        behind = {
-            suffix: parameter
-            for suffix, parameter in parameters.items()
-            if parameter.param.output_dim is not None
-            and (member not in parameter.rows.rearranged or parameter.param.output_step > 1)
-        }
-        stuck = [s for s, parameter in behind.items() if packed or order is None or parameter.param.output_step > 1]
-        if stuck:
-            module = weight.filling.modules[0][member]
-            raise LimitError(
-                f"{name}: vLLM's loader of this model rearranges the rows of {module}.weight, and "
-                f"{listing(f'{module}.{suffix}' for suffix in stuck)} cannot be rearranged likewise",
-                todo="quantise this module with W8A8_DYNAMIC, or leave it float",
-            )
-        for parameter in behind.values():
-            assert order is not None
-            assert parameter.param.output_dim is not None
-            part = parameter.filling.layout.part(parameter.data, member)
-            part.copy_(part.index_select(parameter.param.output_dim, order.to(part.device)))
 
 
 def _numbers(shape: tuple[int, ...], axis: int) -> torch.Tensor:
