@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from quant_core import QuantError
+from vllm_ascend_quant.methods.rows import HandedOut
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
 import arithmetic
@@ -80,3 +81,17 @@ def test_rows_follow_at_reload(tmp_path: Path, start_engine: Callable[..., Any])
     for path, weight in fresh.items():
         assert torch.equal(again[path], weight)
         assert torch.equal(after_dummy[path], weight)
+
+
+def test_a_view_outlives_its_tensor() -> None:
+    """A reload keeps what loaders give it, which may be a part of a tensor that nobody else holds."""
+    stream = HandedOut()
+    tensor = torch.arange(8).view(4, 2)
+    stream.note(tensor)
+    part, copy = tensor[1:3], tensor.clone()
+    del tensor
+    assert stream.came_as_it_was(part)
+    assert not stream.came_as_it_was(copy)
+    del part
+    stream.note(copy)
+    assert stream.came_as_it_was(copy.t())

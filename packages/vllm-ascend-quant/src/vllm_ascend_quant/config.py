@@ -31,7 +31,7 @@ from vllm_ascend_quant.compat import map_name
 from vllm_ascend_quant.methods.choice import method_for
 from vllm_ascend_quant.methods.linear import layer_class
 from vllm_ascend_quant.placement.paths import without_prefix
-from vllm_ascend_quant.served_model import layers_served_from, stored_modules
+from vllm_ascend_quant.served_model import layers_served_from
 
 
 class AscendQuantizationConfig(QuantizationConfig):
@@ -157,7 +157,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         """
         if self._names is None:
             assert self.format is not None
-            self._names = ModuleNames.renamed(stored_modules(self.format), self._rename)
+            self._names = ModuleNames.renamed(self.format.modules, self._rename)
         return self._names.find(name, self.packed_modules_mapping)
 
     def _rename(self, module: str) -> str | None:

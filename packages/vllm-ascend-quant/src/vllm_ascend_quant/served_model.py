@@ -69,7 +69,7 @@ class ServedModel:
     @classmethod
     def of(cls, model: nn.Module, quant_format: QuantFormat, model_config: Any, made_up: bool) -> "ServedModel":
         """The owner for a model that was just built, remembered until the model is gone."""
-        modules = list(stored_modules(quant_format)) or guessed_modules(model, quant_format)
+        modules = list(quant_format.modules) or guessed_modules(model, quant_format)
         paths = ModelPaths(model, modules)
         served = cls(quant_format, model_config, made_up, paths, Loading(model_config.model))
         _served[model] = served
@@ -78,7 +78,7 @@ class ServedModel:
     @property
     def modules(self) -> Mapping[str, StoredForm]:
         """What the checkpoint stores, by module."""
-        return stored_modules(self.format)
+        return self.format.modules
 
     def resolve(self, name: str, modules: Sequence[str], layer_class: str = "Linear") -> LayerQuant:
         """The format's answer about checkpoint modules; raises as QuantFormat.layer_quant."""
@@ -103,8 +103,3 @@ def layers_served_from(quant_format: QuantFormat | None) -> Mapping[str, LayerQu
     """What was decided about the newest living model of this process that is served from an opened checkpoint."""
     found = [served for served in _served.values() if served.format is quant_format]
     return found[-1].layers if found else {}
-
-
-def stored_modules(quant_format: QuantFormat) -> Mapping[str, StoredForm]:
-    """What a checkpoint stores, by module: the one place that knows where a format keeps it."""
-    return quant_format.modules

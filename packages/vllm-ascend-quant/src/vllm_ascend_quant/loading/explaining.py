@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from quant_core import LoadError, QuantFormat
-from vllm_ascend_quant.served_model import stored_modules
 
 
 @contextlib.contextmanager
@@ -35,14 +34,13 @@ def stopped(
     """The error for whatever vLLM raised while it loaded the last of the tensors that it was given."""
     name, form = (last[0][0], f"{last[0][1].dtype} {list(last[0][1].shape)}") if last else ("the first tensor", None)
     module, _, suffix = name.rpartition(".")
-    if last and last[0][1].numel() == 1 and suffix != "weight" and module in stored_modules(quant_format):
+    if last and last[0][1].numel() == 1 and suffix != "weight" and module in quant_format.modules:
         return LoadError(
             f"vLLM's loader of this model treats all tensors of {module} as if they had the weight's rows, and stopped "
             f"at {suffix}: {_in_short(error)}",
             where=folder,
             found=form,
-            todo="quantise this module with a type that stores nothing for a whole weight, such as W8A8_DYNAMIC, or "
-            "leave it float",
+            todo="leave this module float, or use a type that stores nothing for a whole weight",
         )
     return LoadError(
         f"vLLM could not load {name}: {_in_short(error)}",
@@ -66,7 +64,7 @@ def layers_hint(quant_format: QuantFormat) -> str | None:
     """How many layers config.json asks for and how many the files hold, if the names tell that they differ."""
     section = quant_format.folder.config
     asked = (section.get("text_config") or section).get("num_hidden_layers")
-    parts = (name.split(".") for name in stored_modules(quant_format))
+    parts = (name.split(".") for name in quant_format.modules)
     # The first number of a name is the layer's; one behind it may be an expert's.
     numbers = {next((int(part) for part in name if part.isdigit()), 0) for name in parts}
     if not isinstance(asked, int) or not numbers or asked == max(numbers) + 1:

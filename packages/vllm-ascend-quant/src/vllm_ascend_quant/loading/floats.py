@@ -17,7 +17,7 @@ from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.methods.linear import full_sizes
 from vllm_ascend_quant.methods.parameter import AscendParameter
-from vllm_ascend_quant.served_model import ServedModel, stored_modules
+from vllm_ascend_quant.served_model import ServedModel
 
 _FLOAT_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -41,7 +41,7 @@ def check_rows(model: nn.Module, served: ServedModel, source: QuantFormat) -> No
         LoadError: lists tensor, file, found and expected rows.
 
     """
-    modules = stored_modules(source)
+    modules = source.modules
     takers = Counter(module for quant in served.layers.values() for module in set(quant.modules))
     wrong = []
     for path, layer in linear_layers(model).items():

@@ -2,7 +2,7 @@
 
 from quant_core import CheckpointFolder, LayerQuery, LoadError, QuantFormat
 from quant_core.errors import listing
-from vllm_ascend_quant.served_model import ServedModel, stored_modules
+from vllm_ascend_quant.served_model import ServedModel
 
 
 def check_source(served: ServedModel, started: str) -> QuantFormat | None:
@@ -36,7 +36,7 @@ def check_source(served: ServedModel, started: str) -> QuantFormat | None:
     ]
     # vLLM would drop them without a word; whether those of the first folder have a place was checked.
     first = served.modules
-    biases = [module for module, form in stored_modules(other).items() if form.has("bias")]
+    biases = [module for module, form in other.modules.items() if form.has("bias")]
     wrong += [f"{module}.bias is new" for module in biases if not (module in first and first[module].has("bias"))]
     if wrong:
         raise LoadError(

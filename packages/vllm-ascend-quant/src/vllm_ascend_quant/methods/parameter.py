@@ -169,7 +169,7 @@ def align_rows(name: str, parameters: Mapping[str, AscendParameter]) -> None:
             raise LimitError(
                 f"{name}: vLLM's loader of this model rearranges the rows of {module}.weight, and "
                 f"{listing(f'{module}.{suffix}' for suffix in stuck)} cannot be rearranged likewise",
-                todo="quantise this module with W8A8_DYNAMIC, or leave it float",
+                todo="leave it float, or use a type with one value to a byte and nothing per row but weight_scale",
             )
         for parameter in behind.values():
             assert order is not None

@@ -6,10 +6,10 @@ parameter takes note whether what it is given is still the stream's tensor or so
 the loader is given the numbers of the rows under the weight's name, and what was left behind follows by them.
 """
 
-import weakref
 from dataclasses import dataclass, field
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from quant_core.schemes.filling import Filling
 
@@ -45,15 +45,19 @@ class Rows:
 
 
 class HandedOut:
-    """The tensors of the stream that are still alive, and the last one whose rows were found rearranged."""
+    """The memory of the stream's tensors that is still alive, and whether the last one was found rearranged.
+
+    Memory and not tensors: a loader may keep a view of a part only, until vLLM's reload uses it.
+    """
 
     def __init__(self) -> None:
-        self._by_address: dict[int, list[weakref.ref[torch.Tensor]]] = {}
+        self._by_address: dict[int, list[StorageWeakRef]] = {}
         self._asked_axis: int | None = None
 
     def note(self, tensor: torch.Tensor) -> None:
         """Remember a tensor that a loader is given."""
-        self._by_address.setdefault(_address(tensor), []).append(weakref.ref(tensor))
+        storage = tensor.untyped_storage()
+        self._by_address.setdefault(storage.data_ptr(), []).append(StorageWeakRef(storage))
 
     def forget(self) -> None:
         """The stream has ended."""
@@ -64,7 +68,8 @@ class HandedOut:
         """Whether this is a stream's tensor or a view of one, or comes from no stream."""
         if not self._by_address:
             return True
-        return any(reference() is not None for reference in self._by_address.get(_address(tensor), ()))
+        address = tensor.untyped_storage().data_ptr()
+        return any(not reference.expired() for reference in self._by_address.get(address, ()))
 
     def ask(self, axis: int) -> None:
         """Have the stream send row numbers under the name of the last tensor, whose rows lie on this axis."""
@@ -88,7 +93,3 @@ def is_question(tensor: torch.Tensor) -> bool:
 def _numbers(shape: tuple[int, ...], axis: int) -> torch.Tensor:
     numbers = torch.arange(shape[axis], dtype=_NUMBERS)
     return numbers.view([-1 if other == axis else 1 for other in range(len(shape))]).expand(shape)
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
