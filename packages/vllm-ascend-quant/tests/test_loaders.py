@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader import DefaultModelLoader, ShardedStateLoa
 from quant_core import CheckpointError, LimitError, LoadError
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.files import loaders, saved_state
-from vllm_ascend_quant.files.saved_state import STORED
+from vllm_ascend_quant.files.saved_folder import STORED
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")

@@ -255,9 +255,9 @@ def test_compressed_tensors_goes_vllms_own_way(
     if vllm_is_exact(load_model, folder, "model.layers.1.self_attn.o_proj"):
         verdict = reference.judge(key, with_wrappers, "float32")
         assert verdict["ok"], verdict["why"]
-    for path, _ in wrappers.WRAPPERS.values():
-        owner, name = compat.module_level(path)
+    for wrapped in wrappers.ALWAYS.values():
+        owner, name = compat.module_level(wrapped.function)
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
-    monkeypatch.setattr(wrappers, "WRAPPERS", {})  # not to be put back by the plugin
+    monkeypatch.setattr(wrappers, "ALWAYS", {})  # not to be put back by the plugin
     with start_engine(folder) as llm:
         assert ask(llm, reference.prompts) == with_wrappers

@@ -47,6 +47,26 @@ def check_version() -> None:
     )
 
 
+#: Functions of vLLM that were to be wrapped and are not where they should be, as in a build that nobody has tried.
+missing: list[str] = []
+
+
+def check_complete() -> None:
+    """Make sure that everything was found that models of ours need.
+
+    Raises:
+        UnsupportedVllmError: names what this vLLM lacks.
+
+    """
+    if missing:
+        raise UnsupportedVllmError(
+            "this vLLM lacks functions that vllm-ascend-quant depends on",
+            found=f"vLLM {importlib.import_module('vllm').__version__} without {', '.join(missing)}",
+            expected=f"vLLM at least {SUPPORTED[0]} and below {SUPPORTED[1]}",
+            todo="install a supported vLLM, or another version of vllm-ascend-quant",
+        )
+
+
 def expert_layer_class() -> type["nn.Module"]:
     """The class of a layer that holds routed experts."""
     return importlib.import_module("vllm.model_executor.layers.fused_moe").RoutedExperts  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
 It holds what was read and what vLLM handed over, and no decision: vLLM pickles it, copies it, and gives a draft its
 target's. What was decided about a built model belongs to its `ServedModel`.
+
+Every process that runs vLLM imports this module, so what only our models need is imported where they need it.
 """
 
 import functools
@@ -13,9 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from quant_core import (
     CheckpointFolder,
@@ -27,11 +27,8 @@ from quant_core import (
     list_formats,
 )
 from quant_core.names import ModuleNames
-from vllm_ascend_quant.compat import map_name
-from vllm_ascend_quant.methods.choice import method_for
-from vllm_ascend_quant.methods.linear import layer_class
+from vllm_ascend_quant.compat import check_complete, map_name
 from vllm_ascend_quant.placement.paths import without_prefix
-from vllm_ascend_quant.served_model import layers_served_from
 
 
 class AscendQuantizationConfig(QuantizationConfig):
@@ -66,6 +63,8 @@ class AscendQuantizationConfig(QuantizationConfig):
     @property
     def layers(self) -> Mapping[str, LayerQuant]:
         """What was decided about each layer of the model that this process built with this config, by module path."""
+        from vllm_ascend_quant.served_model import layers_served_from
+
         return layers_served_from(self.format)
 
     def get_name(self) -> str:  # type: ignore[override]
@@ -106,6 +105,7 @@ class AscendQuantizationConfig(QuantizationConfig):
             QuantError: everything that can be said without the model.
 
         """
+        check_complete()
         open_folder, self.open_folder = self.open_folder, None  # workers get what was read, not how
         folder = open_folder() if open_folder else CheckpointFolder.locate(model_name, revision=revision)
         if folder is None:
@@ -131,7 +131,11 @@ class AscendQuantizationConfig(QuantizationConfig):
             QuantError: if the layer is resolved, but cannot be served.
 
         """
-        if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
+        check_complete()
+        from vllm_ascend_quant.methods.choice import QUANTISABLE, method_for
+        from vllm_ascend_quant.methods.linear import layer_class
+
+        if not isinstance(layer, QUANTISABLE):
             return None
         build = _build.get()
         config = self if build is None else build.config

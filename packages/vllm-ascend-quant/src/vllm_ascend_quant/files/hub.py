@@ -14,8 +14,6 @@ from typing import Any
 import huggingface_hub
 from vllm import envs
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.weight_utils import DisabledTqdm, maybe_download_from_modelscope
 from vllm.transformers_utils.utils import maybe_model_redirect
 
 from quant_core import CheckpointError, CheckpointFolder, LoadError
@@ -108,6 +106,10 @@ def download(model_config: Any, load_config: Any) -> CheckpointFolder:
 
 
 def _from_hugging_face(model_config: Any, load_config: Any) -> str:
+    # Here, because any start of vLLM looks a model up, and these import half of vLLM.
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.weight_utils import DisabledTqdm
+
     if load_config.load_format == "dummy":  # the shapes and types of a model stand in its weights
         load_config = replace(load_config, load_format="auto")
     get_model_loader(load_config).download_model(model_config)
@@ -123,6 +125,8 @@ def _from_hugging_face(model_config: Any, load_config: Any) -> str:
 
 
 def _from_modelscope(model_config: Any, load_config: Any) -> str | None:
+    from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+
     path = maybe_download_from_modelscope(model_config.model, model_config.revision, load_config.download_dir)
     if path is not None and load_config.download_dir:
         # vLLM's loader would ignore --download-dir here, and fetch everything a second time.

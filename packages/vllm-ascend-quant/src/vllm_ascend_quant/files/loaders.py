@@ -8,8 +8,8 @@ from vllm.logger import init_logger
 from quant_core import CheckpointError, CheckpointFolder, LimitError, PlannedFolder
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.files import hub
-from vllm_ascend_quant.files.saved_state import LOAD_FORMATS as SAVED
-from vllm_ascend_quant.files.saved_state import STORED, SavedFolder
+from vllm_ascend_quant.files.saved_folder import LOAD_FORMATS as SAVED
+from vllm_ascend_quant.files.saved_folder import STORED, SavedFolder
 
 logger = init_logger("vllm.ascend_quant")
 

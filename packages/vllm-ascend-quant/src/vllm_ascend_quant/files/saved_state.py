@@ -8,8 +8,7 @@ also gets the names, shapes and dtypes of the checkpoint's tensors, and a model 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,11 @@ from vllm.distributed import get_pp_group, get_world_group
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
-from quant_core import CheckpointError, CheckpointFolder, LimitError, LoadError
+from quant_core import CheckpointFolder, LimitError, LoadError
 from quant_core.errors import listing
-from quant_core.stored import StoredTensor
 from vllm_ascend_quant import compat
+from vllm_ascend_quant.files.saved_folder import STORED
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
-
-#: vLLM's load formats that read such a folder.
-LOAD_FORMATS = ("sharded_state", "runai_streamer_sharded")
-
-#: What the checkpoint stored that the state was made from: tensor name to [file, dtype, shape].
-STORED = "stored_before_quant_processing.json"
-
-
-class SavedFolder(CheckpointFolder):
-    """A folder with a saved state, which describes the checkpoint that it was made from."""
-
-    weight_files = ()  # of the checkpoint, of which there is none here
-
-    @cached_property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """What the checkpoint held.
-
-        Raises:
-            CheckpointError: if the folder does not say it.
-
-        """
-        if not self.files(STORED):
-            raise CheckpointError(
-                f"{self.path} holds no saved state of a quantised model",
-                found=listing(self.files("*.safetensors")) or "no *.safetensors file",
-                expected=f"{STORED}, which save_sharded_state writes where vllm-ascend-quant is installed",
-                todo="leave --load-format out to load a checkpoint; or save the state again",
-            )
-        try:
-            return {
-                name: StoredTensor(name, tuple(map(int, shape)), _dtype(dtype), file)
-                for name, (file, dtype, shape) in self.read_json(STORED).items()
-            }
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{STORED} is not what save_sharded_state writes", where=self.path) from error
 
 
 def save(original: Callable[..., None], checkpoint: CheckpointFolder, model: nn.Module, path: str) -> None:
@@ -184,10 +148,3 @@ def _fitting(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(name)
-    return dtype

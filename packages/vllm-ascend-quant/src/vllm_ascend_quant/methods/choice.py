@@ -1,13 +1,16 @@
 """Which method a layer gets."""
 
 from torch import nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from quant_core import LayerQuant, QuantFormat
 from vllm_ascend_quant.methods.embedding import AscendEmbeddingMethod
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
+
+#: The classes of layers that get a method here.
+QUANTISABLE = (LinearBase, VocabParallelEmbedding)
 
 
 def method_for(

@@ -27,4 +27,4 @@ def register() -> None:
         register_quantization_config(quant_format.vllm_name)(config_class(name))
         if wrappers.enabled("precedence"):
             precedence.hold(quant_format.vllm_name, config_class(name))
-    wrappers.install()
+    wrappers.install(wrappers.ALWAYS)

@@ -11,11 +11,7 @@ from quant_core import list_formats
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig, while_building
 from vllm_ascend_quant.files import loaders
-from vllm_ascend_quant.loading.explaining import explained
-from vllm_ascend_quant.loading.stream import watch_loading
-from vllm_ascend_quant.methods.norms import add_norm_biases
-from vllm_ascend_quant.placement.deciding import decide_layers
-from vllm_ascend_quant.served_model import ServedModel
+from vllm_ascend_quant.plugin import wrappers
 
 
 def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str = "", **kwargs: Any) -> nn.Module:
@@ -34,6 +30,14 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
     if not isinstance(config, AscendQuantizationConfig):
         with while_building(None):
             return original(vllm_config, prefix=prefix, **kwargs)
+    # Here, because vLLM builds every model through this function.
+    from vllm_ascend_quant.loading.explaining import explained
+    from vllm_ascend_quant.loading.stream import watch_loading
+    from vllm_ascend_quant.methods.norms import add_norm_biases
+    from vllm_ascend_quant.placement.deciding import decide_layers
+    from vllm_ascend_quant.served_model import ServedModel
+
+    wrappers.install(wrappers.FOR_OURS)
     assert config.format is not None, "vLLM calls maybe_update_config first"
     with while_building(config, prefix), explained(config.format):
         model = original(vllm_config, prefix=prefix, **kwargs)

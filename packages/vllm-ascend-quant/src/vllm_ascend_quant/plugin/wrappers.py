@@ -14,27 +14,53 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
 (The name `precedence` switches off what precedence.py does.)
+
+Every process that runs vLLM installs them, so this imports nothing: neither the modules of vLLM, which are wrapped
+when somebody imports them, nor the wrappers, which are imported when one of them is called.
 """
 
 import functools
+import importlib
 import inspect
+import logging
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
 
-from torch import nn
-from vllm.config import VllmConfig
+import wrapt
 
-from quant_core import list_formats
 from vllm_ascend_quant import compat
-from vllm_ascend_quant.config import AscendQuantizationConfig
-from vllm_ascend_quant.files import detection, hub, loaders, saved_state
-from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
-from vllm_ascend_quant.plugin.building import build
-from vllm_ascend_quant.served_model import served_model
+
+logger = logging.getLogger("vllm.ascend_quant")
 
 DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
 _MARK = "_vllm_ascend_quant_wrapper"
+
+
+class Wrapped(NamedTuple):
+    """A function of vLLM (`module:name`), and by which of ours (`module:name`, inside this package) it is wrapped."""
+
+    function: str
+    wrapper: str
+
+
+#: Installed in every process: they see a model before it is known to be ours.
+ALWAYS = {
+    "named": Wrapped(compat.CREATE_ENGINE_CONFIG, "front:named"),
+    "detect": Wrapped(compat.CREATE_MODEL_CONFIG, "front:detect"),
+    "draft": Wrapped(compat.CREATE_DRAFT_CONFIG, "front:draft"),
+    "download": Wrapped(compat.GET_QUANT_CONFIG, "front:download"),
+    "built": Wrapped(compat.INITIALIZE_MODEL, "building:build"),
+}
+
+#: Installed once a model of ours is built.
+FOR_OURS = {
+    "loaded": Wrapped(compat.PROCESS_WEIGHTS, "serving:loaded"),
+    "reloaded": Wrapped(compat.FINALIZE_RELOAD, "serving:reloaded"),
+    "saved": Wrapped(compat.SAVE_STATE, "serving:saved"),
+    "restored": Wrapped(compat.LOAD_STATE, "serving:restored"),
+}
 
 
 def enabled(name: str) -> bool:
@@ -42,102 +68,37 @@ def enabled(name: str) -> bool:
     return name not in {part.strip() for part in os.environ.get(DISABLE, "").split(",")}
 
 
-def install() -> None:
-    """Wrap each function once; calling again changes nothing."""
-    for name, (path, wrapper) in WRAPPERS.items():
-        owner, attribute = compat.module_level(path)
+def install(wrappers: Mapping[str, Wrapped]) -> None:
+    """Wrap each function once, now or when its module is imported; calling again changes nothing."""
+    for name, wrapped in wrappers.items():
+        if enabled(name):
+            module = wrapped.function.partition(":")[0]
+            wrapt.register_post_import_hook(functools.partial(_wrap, name, wrapped), module)
+
+
+def _wrap(name: str, wrapped: Wrapped, _: ModuleType) -> None:
+    try:
+        owner, attribute = compat.module_level(wrapped.function)
         original = getattr(owner, attribute)
-        if enabled(name) and getattr(original, _MARK, None) != name:
-            function = _wrapped(original, wrapper, name)
-            static = isinstance(inspect.getattr_static(owner, attribute), staticmethod)
-            setattr(owner, attribute, staticmethod(function) if static else function)
+    except AttributeError as error:  # must not stop the models of others
+        compat.missing.append(wrapped.function)
+        logger.warning("%s: models of our formats will be refused, all others are left to vLLM", error)
+        return
+    if getattr(original, _MARK, None) == name:
+        return
+    function = _function(original, wrapped.wrapper, name)
+    static = isinstance(inspect.getattr_static(owner, attribute), staticmethod)
+    setattr(owner, attribute, staticmethod(function) if static else function)
 
 
-def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _function(original: Callable[..., Any], wrapper: str, name: str) -> Callable[..., Any]:
     """A plain function, since a partial would not become a method."""
+    module, _, attribute = wrapper.partition(":")
 
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
+        ours = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+        return ours(original, *args, **kwargs)
 
     setattr(function, _MARK, name)
     return function
-
-
-def _ours(method: str | None) -> bool:
-    return method in {quant_format.vllm_name for quant_format in list_formats().values()}
-
-
-def _detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-    detection.choose_method(engine_args)
-    loaders.check(engine_args.load_format, _ours(engine_args.quantization), engine_args.model)
-    return original(engine_args, *args, **kwargs)
-
-
-def _draft(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-    detection.choose_draft_method(engine_args)
-    settings = original(engine_args, *args, **kwargs)
-    draft = getattr(settings, "draft_model_config", None)
-    if draft is not None and _ours(draft.quantization) and draft.model != settings.target_model_config.model:
-        load_config = settings.draft_load_config or engine_args.create_load_config()
-        loaders.check(load_config.load_format, True, draft.model)
-        VllmConfig.get_quantization_config(draft, load_config)  # in the front process, where a user sees the error
-    return settings
-
-
-def _named(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return original(engine_args, *args, **kwargs)
-    except OSError as error:
-        if not _ours(engine_args.quantization) or os.path.exists(engine_args.model):
-            raise
-        raise hub.unknown(engine_args.model, engine_args.revision, error) from error
-
-
-def _download(original: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
-    taken = compat.for_quant_config(model_config) if _ours(model_config.quantization) else model_config
-    config = original(taken, load_config)
-    if isinstance(config, AscendQuantizationConfig):
-        config.open_folder = functools.partial(loaders.open_folder, model_config, load_config)
-    return config
-
-
-def _loaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    served = served_model(model)
-    if served is None:
-        return original(model, *args, **kwargs)
-    check_loaded(model, served)
-    original(model, *args, **kwargs)
-    return served.log_report()
-
-
-def _reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    served = served_model(model)
-    if served is not None:
-        check_reloaded(model, served)
-    return original(model, *args, **kwargs)
-
-
-def _saved(original: Callable[..., None], model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:
-    served = served_model(model)
-    save = functools.partial(original, model, path, *args, **kwargs)
-    return save() if served is None else saved_state.save(save, served.format.folder, model, path)
-
-
-def _restored(original: Callable[..., None], loader: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    load = functools.partial(original, loader, model, *args, **kwargs)
-    return load() if served_model(model) is None else saved_state.load(load, loader, model)
-
-
-#: Name to the function that is wrapped and its wrapper.
-WRAPPERS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "named": (compat.CREATE_ENGINE_CONFIG, _named),
-    "detect": (compat.CREATE_MODEL_CONFIG, _detect),
-    "draft": (compat.CREATE_DRAFT_CONFIG, _draft),
-    "download": (compat.GET_QUANT_CONFIG, _download),
-    "built": (compat.INITIALIZE_MODEL, build),
-    "loaded": (compat.PROCESS_WEIGHTS, _loaded),
-    "reloaded": (compat.FINALIZE_RELOAD, _reloaded),
-    "saved": (compat.SAVE_STATE, _saved),
-    "restored": (compat.LOAD_STATE, _restored),
-}

@@ -1,0 +1,60 @@
+"""Wrappers around vLLM's arguments and configuration, in the process in which a user starts it.
+
+They look at every model that is started, so nothing is imported here that is heavier than an installed format.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from quant_core import list_formats
+from vllm_ascend_quant import compat
+from vllm_ascend_quant.config import AscendQuantizationConfig
+from vllm_ascend_quant.files import detection, hub, loaders
+
+
+def _ours(method: str | None) -> bool:
+    return method in {quant_format.vllm_name for quant_format in list_formats().values()}
+
+
+def detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Recognise a model without --quantization; contradict a wrong one."""
+    detection.choose_method(engine_args)
+    loaders.check(engine_args.load_format, _ours(engine_args.quantization), engine_args.model)
+    return original(engine_args, *args, **kwargs)
+
+
+def draft(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for a speculative draft, which is also checked here."""
+    detection.choose_draft_method(engine_args)
+    settings = original(engine_args, *args, **kwargs)
+    model_config = getattr(settings, "draft_model_config", None)
+    if model_config is None or not _ours(model_config.quantization):
+        return settings
+    if model_config.model != settings.target_model_config.model:
+        load_config = settings.draft_load_config or engine_args.create_load_config()
+        loaders.check(load_config.load_format, True, model_config.model)
+        VllmConfig.get_quantization_config(model_config, load_config)  # here, where a user sees the error
+    return settings
+
+
+def named(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Say what is wrong with the name of a model that is to be in one of our formats."""
+    try:
+        return original(engine_args, *args, **kwargs)
+    except OSError as error:
+        if not _ours(engine_args.quantization) or os.path.exists(engine_args.model):
+            raise
+        raise hub.unknown(engine_args.model, engine_args.revision, error) from error
+
+
+def download(original: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
+    """Have a model of ours fetched where vLLM would fetch it, before it is checked."""
+    taken = compat.for_quant_config(model_config) if _ours(model_config.quantization) else model_config
+    config = original(taken, load_config)
+    if isinstance(config, AscendQuantizationConfig):
+        config.open_folder = functools.partial(loaders.open_folder, model_config, load_config)
+    return config

@@ -1,0 +1,42 @@
+"""Wrappers around what vLLM does with a model that it has built: one of ours is looked at, others pass."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vllm_ascend_quant.files import saved_state
+from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
+from vllm_ascend_quant.served_model import served_model
+
+
+def loaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """See that everything was loaded."""
+    served = served_model(model)
+    if served is None:
+        return original(model, *args, **kwargs)
+    check_loaded(model, served)
+    original(model, *args, **kwargs)
+    return served.log_report()
+
+
+def reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """See that a reload left nothing out."""
+    served = served_model(model)
+    if served is not None:
+        check_reloaded(model, served)
+    return original(model, *args, **kwargs)
+
+
+def saved(original: Callable[..., None], model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:
+    """Save what is needed to load a saved state again."""
+    served = served_model(model)
+    save = functools.partial(original, model, path, *args, **kwargs)
+    return save() if served is None else saved_state.save(save, served.format.folder, model, path)
+
+
+def restored(original: Callable[..., None], loader: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Bring layers into the form in which a saved state fits."""
+    load = functools.partial(original, loader, model, *args, **kwargs)
+    return load() if served_model(model) is None else saved_state.load(load, loader, model)
