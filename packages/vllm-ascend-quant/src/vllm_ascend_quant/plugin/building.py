@@ -13,6 +13,7 @@ from vllm_ascend_quant.config import AscendQuantizationConfig, while_building
 from vllm_ascend_quant.files import loaders
 from vllm_ascend_quant.loading.explaining import explained
 from vllm_ascend_quant.loading.stream import watch_loading
+from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.methods.norms import add_norm_biases
 from vllm_ascend_quant.placement.deciding import decide_layers
 from vllm_ascend_quant.served_model import ServedModel
@@ -40,6 +41,9 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
     made_up = not loaders.values_are_read(load_config.load_format)
     served = ServedModel.of(model, config.format, model_config, made_up)
     remade = decide_layers(model, served, config, prefix)
+    for layer in compat.layers_read_back(model):
+        if isinstance(layer.quant_method, AscendLinearMethod):
+            layer.quant_method.read_back = True
     biased = add_norm_biases(model, served)
     if remade or biased:
         compat.record_for_reload(model)

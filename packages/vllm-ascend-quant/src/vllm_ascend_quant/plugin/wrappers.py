@@ -10,6 +10,9 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     built    decide by module paths once the model exists; build a draft by its own folder (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
     reloaded see that a reload left nothing out (finalize_layerwise_processing)
+    latent   latent attention (MLA) asks a quantised kv_b_proj for the dtype of its input (_get_kv_b_proj_input_dtype)
+    absorbed and for its float weight (get_and_maybe_dequant_weights, where it was imported)
+    read     the same (get_and_maybe_dequant_weights, for whoever imports it later)
     saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
     restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
@@ -22,6 +25,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import VllmConfig
 
@@ -30,6 +34,7 @@ from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.files import detection, hub, loaders, saved_state
 from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
+from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.plugin.building import build
 from vllm_ascend_quant.served_model import served_model
 
@@ -45,6 +50,8 @@ def enabled(name: str) -> bool:
 def install() -> None:
     """Wrap each function once; calling again changes nothing."""
     for name, (path, wrapper) in WRAPPERS.items():
+        if path in compat.NOT_IN_ALL and not compat.has(path):
+            continue
         owner, attribute = compat.module_level(path)
         original = getattr(owner, attribute)
         if enabled(name) and getattr(original, _MARK, None) != name:
@@ -118,6 +125,19 @@ def _reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwa
     return original(model, *args, **kwargs)
 
 
+def _latent(original: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    base = getattr(layer, "base_layer", layer)  # of an adapter (LoRA)
+    if isinstance(getattr(base, "quant_method", None), AscendLinearMethod):
+        return base.params_dtype
+    return original(layer, *args, **kwargs)
+
+
+def _absorbed(original: Callable[..., Any], layer: nn.Module, out_dtype: Any = torch.float32) -> Any:
+    method = getattr(getattr(layer, "base_layer", layer), "quant_method", None)
+    weight = method.read_weight(out_dtype) if isinstance(method, AscendLinearMethod) else None
+    return original(layer, out_dtype) if weight is None else weight
+
+
 def _saved(original: Callable[..., None], model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:
     served = served_model(model)
     save = functools.partial(original, model, path, *args, **kwargs)
@@ -138,6 +158,9 @@ WRAPPERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "built": (compat.INITIALIZE_MODEL, build),
     "loaded": (compat.PROCESS_WEIGHTS, _loaded),
     "reloaded": (compat.FINALIZE_RELOAD, _reloaded),
+    "latent": (compat.LATENT_INPUT, _latent),
+    "absorbed": (compat.LATENT_WEIGHT, _absorbed),
+    "read": (compat.READ_WEIGHT, _absorbed),
     "saved": (compat.SAVE_STATE, _saved),
     "restored": (compat.LOAD_STATE, _restored),
 }
