@@ -5,7 +5,8 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
 
     named    say what is wrong with a name of a model, if --quantization is one of ours (create_engine_config)
     detect   recognise a model without --quantization; contradict a wrong one (EngineArgs.create_model_config)
-    draft    the same for a speculative draft, which is also checked here (EngineArgs.create_speculative_config)
+    draft    the same for a speculative draft, which is also checked here, alone and against a rotation of its target
+             (EngineArgs.create_speculative_config)
     download fetch a model of ours where vLLM would, before it is checked (get_quant_config)
     built    decide by module paths once the model exists; build a draft by its own folder (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
@@ -36,6 +37,7 @@ from vllm_ascend_quant.files import detection, hub, loaders, saved_state
 from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.plugin.building import build
+from vllm_ascend_quant.plugin.drafting import refuse_rotated_target
 from vllm_ascend_quant.served_model import served_model
 
 DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
@@ -89,6 +91,8 @@ def _draft(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs:
         load_config = settings.draft_load_config or engine_args.create_load_config()
         loaders.check(load_config.load_format, True, draft.model)
         VllmConfig.get_quantization_config(draft, load_config)  # in the front process, where a user sees the error
+    if settings is not None:
+        refuse_rotated_target(settings, engine_args.create_load_config(), engine_args.additional_config)
     return settings
 
 
