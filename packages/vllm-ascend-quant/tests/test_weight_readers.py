@@ -36,7 +36,7 @@ ELSEWHERE = (
 #: model is built or loaded, and ties. Of most of them some class has a linear layer, another one a convolution.
 SERVED = {"kv_b_proj": "latent attention, which gets the float weight (test_latent_attention.py)"}
 COMPARED = {
-    "model.model.embed_tokens": "a draft's with its target's, to share them where they are equal: only proposals differ",
+    "model.model.embed_tokens": "of a draft and its target, which share it if it is equal: only proposals differ",
     "model.lm_head": "the same",
 }
 REFUSED = {
