@@ -1,6 +1,8 @@
 """Quantised `lm_head` and embeddings, beside a float model with the same numbers."""
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,8 @@ import storing
 
 #: Not a multiple of what vLLM pads vocabularies to.
 VOCABULARY = 500
+DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or Path(__file__).parents[3] / "testdata")
+TOKENIZER = DATA / "models" / "qwen3"
 QWEN3 = ("qwen3", "Qwen3ForCausalLM")
 PROMPTS = [[1, *range(20, 60)], [1, *range(300, 320), 499]]
 SETTINGS = {"skip_tokenizer_init": True, "max_model_len": 128}
@@ -234,6 +238,21 @@ def test_a_tied_table_whose_rows_share_bytes(tmp_path: Path, load_model: Callabl
     folder, _ = make(tmp_path, "W4A8_DYNAMIC", tied=True)
     with pytest.raises(LimitError, match="the rows of an embedding cannot be looked up in W4A8_DYNAMIC"):  # noqa: SIM117
         with load_model(folder, **SETTINGS):
+            pass
+
+
+def test_a_head_that_is_made_while_loading(tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    """vLLM's rerankers tie one to the embedding, and take two of its rows as if they were float."""
+    folder, _ = make(tmp_path, "W8A16", tied=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / name, folder / name)
+    settings = {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": ["A", "B"],
+        "is_original_qwen3_reranker": True,
+    }
+    with pytest.raises(LimitError, match="lm_head: the model makes it while loading"):  # noqa: SIM117
+        with load_model(folder, runner="pooling", hf_overrides=settings, max_model_len=128):
             pass
 
 
