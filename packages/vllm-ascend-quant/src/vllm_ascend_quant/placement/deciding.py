@@ -15,7 +15,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from quant_core import (
     LayerQuant,
     LayerResolutionError,
-    LimitError,
     UnknownLayerError,
     raise_findings,
     require_scheme_class,
@@ -25,9 +24,9 @@ from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.choice import method_for
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, layer_class
-from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.placement.paths import without_prefix
 from vllm_ascend_quant.placement.probing import ask_loader
+from vllm_ascend_quant.placement.tying import shared_tables, stored_apart, tie_again
 from vllm_ascend_quant.served_model import ServedModel
 
 logger = init_logger("vllm.ascend_quant")
@@ -52,6 +51,7 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
     unknown: dict[str, LinearBase] = {}
     experts: dict[str, str] = {}
     remade = False
+    tied = shared_tables(model)
     for layer, places in _modules_with_paths(model):
         if isinstance(layer, LinearBase):
             path, quant = _decide(layer, places, served, config, prefix)
@@ -67,6 +67,7 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
         _refuse_quantised(served, experts[above], "moe", stored)
     if unknown:
         remade |= _decide_left_over(model, unknown, served)
+    tie_again(model, tied, served)
     _report(served)
     for layer, _ in _modules_with_paths(model):
         method = getattr(layer, "quant_method", None)
@@ -131,42 +132,18 @@ def _decide(
 
 def _decide_vocabulary(layer: VocabParallelEmbedding, places: list[str], served: ServedModel) -> bool:
     """Whether a head or an embedding was made again. Those that the checkpoint lacks are float, or tied."""
-    remade = False
-    _check_own_weight(layer, places[0])
+    decided: dict[str, LayerQuant] = {}
     for path in places:
         modules = served.paths.stored_at.get(path, ())
         try:
-            quant = served.resolve(path, modules, layer_class(layer)) if modules else None
+            if modules:
+                decided[path] = served.resolve(path, modules, layer_class(layer))
         except UnknownLayerError:
-            quant = None
-        if quant is None:
-            continue  # not described, or tied
-        if quant.quant_type is not None and len(places) > 1:
-            raise _tied(path, places)
-        remade |= _apply_decision(path, layer, quant, served)
-    return remade
-
-
-def _check_own_weight(layer: VocabParallelEmbedding, path: str) -> None:
-    """Refuse a head that was given the weight of an embedding, if either is quantised.
-
-    vLLM ties them where the files hold one of them; an older vLLM where they hold both.
-    """
-    method = layer.quant_method
-    name = method.name if isinstance(method, AscendLinearMethod) else None
-    own = {param for param_name, param in layer.named_parameters(recurse=False) if param_name != "bias"}
-    owners = {param.filling.owner if isinstance(param, AscendParameter) else None for param in own}
-    if owners - {name}:
-        raise _tied(path, [path, "an embedding"])
-
-
-def _tied(path: str, layers: list[str]) -> LimitError:
-    return LimitError(
-        f"{path}: the model ties it to another layer, and their weight is quantised",
-        found=f"one weight for {listing(layers)}",
-        expected="a float weight, or one of its own for each",
-        todo="leave the embedding in float, or save the head beside it and set tie_word_embeddings to false",
-    )
+            continue  # not described
+    if len(decided) > 1 and any(quant.quant_type is not None for quant in decided.values()):
+        raise stored_apart([*decided])
+    remade = [_apply_decision(path, layer, quant, served) for path, quant in decided.items()]
+    return any(remade)
 
 
 def _modules_by_hint(name: str, config: AscendQuantizationConfig) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ def ask_loader(model: nn.Module, layers: Mapping[str, nn.Module], forms: Sequenc
             weight = torch.empty(form.shape("weight", ()), device="meta")
             handed_out[id(weight)] = at, weight
             yield f"{at}.weight", weight
+        at = ""
 
     def take_note(path: str, weight: torch.Tensor, shard: Any) -> None:
         # Some loaders collect all tensors first; others load a part of the last one, which is a tensor of its own.
@@ -60,7 +61,8 @@ def ask_loader(model: nn.Module, layers: Mapping[str, nn.Module], forms: Sequenc
             try:
                 load_weights(weights())
             except Exception as error:  # whatever a model's own code raises for a name that it does not know
-                answer.refused[at] = f"{type(error).__name__}: {error}"
+                if at:  # after the last one, it misses what it was not given
+                    answer.refused[at] = f"{type(error).__name__}: {error}"
     answer.stored_at = {path: in_shard_order(members) for path, members in notes.items()}
     return answer
 
