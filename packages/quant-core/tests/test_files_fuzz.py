@@ -1,4 +1,4 @@
-"""Random files: read, or refused by a CheckpointError that names them. More of it: --hypothesis-profile=fuzz."""
+"""Random files: read, or refused by a CheckpointError that names them. More of it: `nox -s fuzz`."""
 
 import json
 import struct

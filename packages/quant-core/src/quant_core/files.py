@@ -149,7 +149,7 @@ def read_header(path: Path, name: str) -> list[StoredTensor]:
     try:
         _regular_size(path, name)
         return list(_tensors(path, name))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: torch cannot map it
         raise _unreadable(path, name, error) from error
 
 
