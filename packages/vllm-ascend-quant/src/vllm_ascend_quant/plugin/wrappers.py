@@ -10,6 +10,9 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     built    decide by module paths once the model exists; build a draft by its own folder (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
     reloaded see that a reload left nothing out (finalize_layerwise_processing)
+    started, noted, waited
+             an error of ours in a worker is raised in the front process (CoreEngineProcManager.__init__,
+             BaseModelLoader.load_model, wait_for_engine_startup)
     saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
     restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
@@ -30,6 +33,7 @@ from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.files import detection, hub, loaders, saved_state
 from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
+from vllm_ascend_quant.plugin import failures
 from vllm_ascend_quant.plugin.building import build
 from vllm_ascend_quant.served_model import served_model
 
@@ -138,6 +142,9 @@ WRAPPERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "built": (compat.INITIALIZE_MODEL, build),
     "loaded": (compat.PROCESS_WEIGHTS, _loaded),
     "reloaded": (compat.FINALIZE_RELOAD, _reloaded),
+    "started": (compat.START_ENGINES, failures.start),
+    "noted": (compat.LOAD_MODEL, failures.note),
+    "waited": (compat.WAIT_FOR_ENGINES, failures.wait),
     "saved": (compat.SAVE_STATE, _saved),
     "restored": (compat.LOAD_STATE, _restored),
 }
