@@ -15,6 +15,7 @@ from vllm_ascend_quant.loading.floats import check_finite, check_rows, mark_unfi
 from vllm_ascend_quant.loading.source import check_source
 from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.methods.rows import handed_out
+from vllm_ascend_quant.placement.paths import beside_weight
 from vllm_ascend_quant.served_model import ServedModel
 
 
@@ -40,7 +41,9 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
             other = check_source(served, started)
             if other is not None:
                 check_rows(loaded_model, served, other)
-            reported = original(_canonical(weights, served, other or served.format, last), *args, **kwargs)
+            reported = original(
+                _canonical(weights, loaded_model, served, other or served.format, last), *args, **kwargs
+            )
         except Exception as error:
             failed = served.model_config.model
             give_up(loaded_model, served)
@@ -62,6 +65,7 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
 
 def _canonical(
     weights: Iterable[tuple[str, torch.Tensor]],
+    model: nn.Module,
     served: ServedModel,
     quant_format: QuantFormat,
     last: list[tuple[str, torch.Tensor]],
@@ -76,7 +80,9 @@ def _canonical(
         last[:] = [(name, tensor)]
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
-            if name.rpartition(".")[0] not in quantised:
+            if name.rpartition(".")[0] in quantised:
+                canonical = beside_weight(model, canonical)
+            else:
                 check_finite(name, tensor, quant_format)
             handed_out.note(tensor)
             yield canonical, tensor
