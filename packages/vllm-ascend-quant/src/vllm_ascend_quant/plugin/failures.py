@@ -24,8 +24,8 @@ logger = init_logger("vllm.ascend_quant")
 VARIABLE = "VLLM_ASCEND_QUANT_FAILURE"
 
 
-def start(original: Callable[..., None], manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Start the processes of an engine with a file for what goes wrong in them; it is forgotten after `wait`."""
+def start_engines(original: Callable[..., None], manager: Any, *args: Any, **kwargs: Any) -> None:
+    """Start an engine's processes with a file for what goes wrong in them, which `wait_for_engines` reads."""
     before = os.environ.get(VARIABLE)
     manager.ascend_quant_failure = Path(tempfile.mkdtemp(prefix="vllm-ascend-quant-")) / "failure"  # for this user only
     os.environ[VARIABLE] = str(manager.ascend_quant_failure)
@@ -37,7 +37,7 @@ def start(original: Callable[..., None], manager: Any, *args: Any, **kwargs: Any
             os.environ[VARIABLE] = before
 
 
-def note(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+def load_model(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """Load a model in a worker; an error of ours is left to the front process, if it has named a file."""
     try:
         return original(*args, **kwargs)
@@ -52,7 +52,7 @@ def note(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Mo
         raise
 
 
-def wait(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def wait_for_engines(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Wait for an engine's processes.
 
     Raises:

@@ -33,8 +33,8 @@ from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.files import detection, hub, loaders, saved_state
 from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
-from vllm_ascend_quant.plugin import failures
 from vllm_ascend_quant.plugin.building import build
+from vllm_ascend_quant.plugin.failures import load_model, start_engines, wait_for_engines
 from vllm_ascend_quant.served_model import served_model
 
 DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
@@ -142,9 +142,9 @@ WRAPPERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "built": (compat.INITIALIZE_MODEL, build),
     "loaded": (compat.PROCESS_WEIGHTS, _loaded),
     "reloaded": (compat.FINALIZE_RELOAD, _reloaded),
-    "started": (compat.START_ENGINES, failures.start),
-    "noted": (compat.LOAD_MODEL, failures.note),
-    "waited": (compat.WAIT_FOR_ENGINES, failures.wait),
+    "started": (compat.START_ENGINES, start_engines),
+    "noted": (compat.LOAD_MODEL, load_model),
+    "waited": (compat.WAIT_FOR_ENGINES, wait_for_engines),
     "saved": (compat.SAVE_STATE, _saved),
     "restored": (compat.LOAD_STATE, _restored),
 }
