@@ -72,12 +72,12 @@ class Storage(ABC):
 
 def unequal(form: StoredForm, suffix: str, input_size: int, groups: int) -> str:
     """Why so many input features cannot have so many groups, with the tensor that tells how many there are."""
-    found, expected = form.found(suffix), list(form.shape(suffix, ()))
+    found, expected = form.found(suffix), [str(size) for size in form.shape(suffix, ())]
     reason = f"{input_size} input features cannot be cut into {groups} equal groups"
     if not found:
         return reason
     expected[1:2] = [f"a divisor of {input_size}"]
-    return f"{reason}: {found}, expected [{', '.join(map(str, expected))}]"
+    return f"{reason}: {found}, expected [{', '.join(expected)}]"
 
 
 def groups_of(input_size: int, group_size: int | None) -> int:
