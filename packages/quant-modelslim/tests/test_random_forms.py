@@ -228,6 +228,21 @@ def test_random_forms(quant_type: str, data: st.DataObject, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
+def test_each_tensor_in_each_form(quant_type: str, folder: Path) -> None:
+    """One change at a time: the cases that chance may leave out."""
+    query = LayerQuery(MODULES[0], sizes=LinearSizes(512, (16,)), params_dtype=torch.float32)
+    form = sound(quant_type, 512, 16)
+    for name, (dtype, shape) in form.items():
+        ranks = [(), (16,), (512,), (1,), (16, 3), (16, 0), (0, 16), (16, 1), (16, 512), (16, 2, 1), (16, 1, 1, 1)]
+        others = [(dtype, other) for other in ranks if other != shape]
+        others += [(other, shape) for other in DTYPES if other != dtype]
+        for other in [None, *others]:
+            changed = {suffix: tensor for suffix, tensor in form.items() if suffix != name}
+            write(folder, quant_type, [changed if other is None else {**changed, name: other}])
+            answer(folder, query)
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
 def test_a_sound_form_is_served(quant_type: str, folder: Path) -> None:
     """Otherwise the other test would prove nothing."""
     write(folder, quant_type, [sound(quant_type, 512, 16)])
