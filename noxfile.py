@@ -331,7 +331,9 @@ def import_alone(session: nox.Session, package: Package) -> None:
         prove(session, python, names)
 
 
-def run_tests(session: nox.Session, package: Package, part: str = "", isa: str = "") -> None:
+def run_tests(
+    session: nox.Session, package: Package, part: str = "", isa: str = "", more: tuple[str, ...] = ()
+) -> None:
     """Run the tests of a package, or a folder of them, against wheels, from a folder outside the source tree."""
     known, arguments = options(session)
     device, older = known.device, older_processor(session, known.isa or isa)
@@ -342,7 +344,7 @@ def run_tests(session: nox.Session, package: Package, part: str = "", isa: str =
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
         prove(session, python, names, package.vllm)
         tests, settings = ROOT / "packages" / package.name / "tests" / part, ROOT / "pyproject.toml"
-        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers(device), *arguments]
+        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers(device), *more, *arguments]
         session.run(*command, env=variables(device, package.vllm) | older, external=True)
 
 
@@ -369,6 +371,13 @@ def test_ops_avx2(session: nox.Session) -> None:
 
 # Not by default: it takes as long as test-vllm, of which it is the same tests.
 add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-oldest", vllm=VLLM_OLDEST), default=False)
+
+
+@nox.session(venv_backend="none", default=False)
+def fuzz(session: nox.Session) -> None:
+    """Draw thousands of random files and stored forms where the test sessions draw some hundreds; takes long."""
+    for package in PACKAGES[:2]:
+        run_tests(session, package, more=("-k", "fuzz or random or damage", "--hypothesis-profile=fuzz"))
 
 
 # torch_npu has wheels for Linux only.

@@ -213,7 +213,7 @@ def test_a_draft_is_recognised_and_checked_in_the_front_process(
     assert found.quant_config is None
     assert found.speculative_config.draft_model_config.quantization == "ascend"
 
-    with pytest.raises(CheckpointError, match="the speculative config asks for the method 'awq'"):
+    with pytest.raises(CheckpointError, match='"quantization": "awq" in the speculative config'):
         configure(FLOAT, speculative_config={**settings, "quantization": "awq"})
 
     description = folder / "quant_model_description.json"

@@ -166,9 +166,9 @@ def _completed(sizes: LinearSizes, query: LayerQuery, quant: LayerQuant) -> Line
     told = []
     for form in quant.stored or (StoredForm(query.name),):
         stored = form.sizes()
-        if stored is None:
+        if stored is None or 0 in stored:
             raise LoadError(
-                f"{form.module}: the stored tensors do not tell the layer's sizes",
+                f"{form.module}: the stored tensors do not tell the layer's sizes, which are at least 1",
                 found=", ".join(f"{t.name} {list(t.shape)}" for t in form.tensors.values()) or "no tensor of this name",
                 layer=query.name,
             )

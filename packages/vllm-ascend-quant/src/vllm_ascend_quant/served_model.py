@@ -55,6 +55,7 @@ class ServedModel:
         made_up: whether the weights' values mean nothing when they are processed (`load_format="dummy"`).
         paths: where the loader puts each checkpoint module.
         layers: what was decided about each layer, by module path.
+        absent_members: the members of fused float layers of which the files have no weight, by module path.
         loading: how the loading stands.
 
     """
@@ -65,6 +66,7 @@ class ServedModel:
     paths: ModelPaths
     loading: Loading
     layers: dict[str, LayerQuant] = field(default_factory=dict)
+    absent_members: dict[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, quant_format: QuantFormat, model_config: Any, made_up: bool) -> "ServedModel":

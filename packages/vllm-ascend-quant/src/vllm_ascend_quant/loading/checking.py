@@ -6,7 +6,7 @@ vLLM checks this for unquantised models only: a quantised one starts and answers
 from torch import nn
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
-from quant_core import LoadError
+from quant_core import LoadError, QuantFormat
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.loading.explaining import layers_hint
@@ -36,15 +36,25 @@ def check_loaded(model: nn.Module, served: ServedModel) -> None:
     if not called:
         return
     check_biases(model, served)
-    absent = unfilled(model, served)
+    members, absent = unfilled(model, served)
     absent += [min(aliases) for aliases in others if reported is not None and reported.isdisjoint(aliases)]
-    if absent:
-        raise LoadError(
-            f"{len(absent)} of the model's parameters were not loaded: {listing(absent)}",
-            where=served.format.folder.path,
-            found=layers_hint(served.format),
-            todo="check that config.json describes the model whose weights these are, and that no file is missing",
-        )
+    if members or absent:
+        raise _not_loaded(members, absent, served.format)
+
+
+def _not_loaded(members: list[str], others: list[str], quant_format: QuantFormat) -> LoadError:
+    """What to say of tensors that did not come: members of fused layers, of which others came, and the rest."""
+    names, folder = [*members, *others], quant_format.folder
+    lacking = [name for name in names if name not in folder.tensors]
+    searched = f"no tensor {listing(lacking)} in {listing(folder.weight_files)}" if lacking else None
+    return LoadError(
+        f"{len(names)} of the model's parameters were not loaded: {listing(names)}",
+        where=folder.path,
+        found="; ".join(filter(None, [searched, layers_hint(quant_format)])) or None,
+        todo="check that config.json describes the model whose weights these are, and that no file is missing"
+        if others
+        else "the other members of these layers are there, so the files are incomplete: download or write them again",
+    )
 
 
 def check_reloaded(model: nn.Module, served: ServedModel) -> None:

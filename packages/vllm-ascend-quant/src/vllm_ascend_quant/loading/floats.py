@@ -99,8 +99,9 @@ def mark_unfilled(model: nn.Module) -> None:
             param.data.fill_(math.nan)
 
 
-def unfilled(model: nn.Module, served: ServedModel) -> list[str]:
-    """The tensors of which nothing, or only NaN, came; by the members' names where they are known."""
+def unfilled(model: nn.Module, served: ServedModel) -> tuple[list[str], list[str]]:
+    """The tensors of which nothing, or only NaN, came: of members of fused layers that others of came, and the rest."""
+    members: list[str] = []
     names = []
     for path, layer in filled_in_parts(model).items():
         modules = served.layers[path].modules if path in served.layers else ()
@@ -115,10 +116,13 @@ def unfilled(model: nn.Module, served: ServedModel) -> list[str]:
             sizes = _local_sizes(layer)
             if len(modules) == len(sizes) and sum(sizes) == len(empty):
                 parts = zip(modules, empty.split(sizes), strict=True)
-                names += [f"{module}.{suffix}" for module, part in parts if bool(part.any())]
+                found = [f"{module}.{suffix}" for module, part in parts if bool(part.any())]
+                (members if len(found) < len(sizes) else names).extend(found)
+            elif path in served.absent_members:
+                members += [f"{module}.{suffix}" for module in served.absent_members[path]]
             else:
                 names.append(f"{path}.{suffix}")
-    return names
+    return members, names
 
 
 def _local_sizes(layer: LinearBase) -> list[int]:

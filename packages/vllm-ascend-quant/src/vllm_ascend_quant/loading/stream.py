@@ -17,6 +17,7 @@ from vllm_ascend_quant.loading.source import check_source
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.methods.parameter import AscendParameter, dtype_of_the_model
 from vllm_ascend_quant.methods.rows import handed_out
+from vllm_ascend_quant.placement.paths import beside_weight
 from vllm_ascend_quant.served_model import ServedModel
 
 
@@ -42,7 +43,7 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
             other = check_source(served, started)
             if other is not None:
                 check_rows(loaded_model, served, other)
-            stream = _canonical(weights, served, other or served.format, last)
+            stream = _canonical(weights, loaded_model, served, other or served.format, last)
             with dtype_of_the_model(served.model_config.dtype):
                 reported = original(_after(lambda: check_late_heads(loaded_model), stream), *args, **kwargs)
         except Exception as error:
@@ -91,6 +92,7 @@ def check_late_heads(model: nn.Module) -> None:
 
 def _canonical(
     weights: Iterable[tuple[str, torch.Tensor]],
+    model: nn.Module,
     served: ServedModel,
     quant_format: QuantFormat,
     last: list[tuple[str, torch.Tensor]],
@@ -105,7 +107,9 @@ def _canonical(
         last[:] = [(name, tensor)]
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
-            if name.rpartition(".")[0] not in quantised:
+            if name.rpartition(".")[0] in quantised:
+                canonical = beside_weight(model, canonical)
+            else:
                 check_finite(name, tensor, quant_format)
             handed_out.note(tensor)
             yield canonical, tensor

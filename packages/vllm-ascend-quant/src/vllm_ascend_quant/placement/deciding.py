@@ -127,6 +127,10 @@ def _decide(
             expected=f"also {listing(absent)}",
             todo="the checkpoint is incomplete or belongs to another architecture",
         )
+    # Some member may have nothing but a bias.
+    absent = absent or tuple(m for m in modules if m in served.modules and not served.modules[m].has("weight"))
+    if absent:
+        served.absent_members[path] = absent
     return path, quant
 
 

@@ -14,6 +14,9 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     latent   latent attention (MLA) asks a quantised kv_b_proj for the dtype of its input (_get_kv_b_proj_input_dtype)
     absorbed and for its float weight (get_and_maybe_dequant_weights, where it was imported)
     read     the same (get_and_maybe_dequant_weights, for whoever imports it later)
+    started, noted, waited
+             an error of ours in a worker is raised in the front process (CoreEngineProcManager.__init__,
+             BaseModelLoader.load_model, wait_for_engine_startup)
     saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
     restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
@@ -56,6 +59,9 @@ ALWAYS = {
     "draft": Wrapped(compat.CREATE_DRAFT_CONFIG, "front:draft"),
     "download": Wrapped(compat.GET_QUANT_CONFIG, "front:download"),
     "built": Wrapped(compat.INITIALIZE_MODEL, "building:build"),
+    "started": Wrapped(compat.START_ENGINES, "failures:start_engines"),
+    "noted": Wrapped(compat.LOAD_MODEL, "failures:load_model"),
+    "waited": Wrapped(compat.WAIT_FOR_ENGINES, "failures:wait_for_engines"),
 }
 
 #: Installed once a model of ours is built.
