@@ -34,9 +34,9 @@ def start_compiled(
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # vLLM sets it, and would for all tests
 
-    def start(folder: Path) -> Any:
+    def start(folder: Path, **options: Any) -> Any:
         envs.disable_envs_cache()  # the last engine of this process froze the variables
-        return start_engine(folder, enforce_eager=False)
+        return start_engine(folder, enforce_eager=False, **options)
 
     yield start
     envs.disable_envs_cache()
@@ -115,3 +115,30 @@ def test_a_reload_that_compiled_code_cannot_take(
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(first)})
         assert ask(llm, reference.prompts[:3]) == found
+
+
+@pytest.mark.parametrize("quant_type", ["W8A8", "W4A4_FLATQUANT_DYNAMIC"])
+def test_real_weights_after_made_up_ones(
+    quant_type: str,
+    tmp_path: Path,
+    start_compiled: Callable[..., Any],
+    ask: Callable[..., Any],
+    reference: Any,
+) -> None:
+    """Compiled with made-up values: the code must not hold what they say of scales that members share, or do not."""
+    first = DATA / "checkpoints" / KEYS[quant_type]
+    other = shutil.copytree(first, tmp_path / "other", copy_function=shutil.copyfile)
+    own = {"k_proj.input_scale": 1.5, "v_proj.input_scale": 0.5, "k_proj.clip_ratio": 0.75, "up_proj.clip_ratio": 0.5}
+    tensors = load_file(weights_of(first))
+    put_weights(other, {n: t * own.get(".".join(n.split(".")[-2:]), 1) for n, t in tensors.items()})
+    fresh = {}
+    for folder in (first, other):
+        with start_compiled(folder) as llm:
+            fresh[folder] = ask(llm, reference.prompts)
+    assert generated(fresh[first]) != generated(fresh[other])
+    with start_compiled(first, load_format="dummy") as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        for folder in (other, first, other):
+            stream = iter(load_file(weights_of(folder)).items())
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+            assert ask(llm, reference.prompts) == fresh[folder]

@@ -52,7 +52,7 @@ class ServedModel:
         format: the checkpoint that the model is served from.
         model_config: vLLM's config of this model, whose `model` is the folder that weights are loaded from. A draft
             has one of its own.
-        made_up: whether the weights' values mean nothing when they are processed (`load_format="dummy"`).
+        made_up: whether the first weights are made up (`load_format="dummy"`), so that their values mean nothing.
         paths: where the loader puts each checkpoint module.
         layers: what was decided about each layer, by module path.
         loading: how the loading stands.

@@ -35,9 +35,9 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
         with while_building(None):
             return original(vllm_config, prefix=prefix, **kwargs)
     assert config.format is not None, "vLLM calls maybe_update_config first"
-    with while_building(config, prefix), explained(config.format):
+    made_up = loaders.made_up(load_config.load_format)
+    with while_building(config, prefix, made_up), explained(config.format):
         model = original(vllm_config, prefix=prefix, **kwargs)
-    made_up = not loaders.values_are_read(load_config.load_format)
     served = ServedModel.of(model, config.format, model_config, made_up)
     remade = decide_layers(model, served, config, prefix)
     biased = add_norm_biases(model, served)
