@@ -23,6 +23,7 @@ KEYS = {
     "W8A8_DYNAMIC": "msmodelslim/qwen2/W8A8_DYNAMIC",
     "W8A16": "msmodelslim/qwen3/W8A16_GROUP64",
     "W4A4_FLATQUANT_DYNAMIC": "msmodelslim/qwen3/W4A4_FLATQUANT_DYNAMIC",
+    "norms with a bias": "msmodelslim/qwen3/V0_W8A8_M4",
 }
 
 
@@ -50,7 +51,7 @@ def weights_of(folder: Path) -> Path:
 
 def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Other codes, scales, zero points' corrections and norms, of the same form."""
-    factors = {"input_scale": 1.5, "deq_scale": 0.75, "weight_scale": 0.5, "norm.weight": 1.125}
+    factors = {"input_scale": 1.5, "deq_scale": 0.75, "weight_scale": 0.5, "norm.weight": 1.125, "norm.bias": 1.5}
     result = {}
     for name, tensor in tensors.items():
         factor = next((factor for ending, factor in factors.items() if name.endswith(ending)), None)

@@ -1,6 +1,5 @@
 """`load_format="dummy"`: weights are made up, and real ones come later, with the numbers of a start that had them."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from quant_core import CheckpointError
 
@@ -45,7 +42,12 @@ def of_its_own(folder: Path) -> Path:
     """Let the members of fused layers have what calibration finds for each by itself."""
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    factors = {"k_proj.input_scale": 1.5, "up_proj.input_scale": 0.5, "k_proj.clip_ratio": 0.75, "up_proj.clip_ratio": 0.5}
+    factors = {
+        "k_proj.input_scale": 1.5,
+        "up_proj.input_scale": 0.5,
+        "k_proj.clip_ratio": 0.75,
+        "up_proj.clip_ratio": 0.5,
+    }
     for name in tensors:
         tensors[name] = tensors[name] * factors.get(".".join(name.split(".")[-2:]), 1)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -67,16 +69,16 @@ def outputs(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("key", DENSE)
-def test_each_layer_computes_what_it_does_after_a_real_start(key: str, load_model: Callable[..., Any]) -> None:
+def test_each_layer_computes_what_it_does_after_a_real_start(
+    key: str, load_model: Callable[..., Any], reload_model: Callable[..., None]
+) -> None:
     """Bit by bit, for every type."""
     folder = DATA / "checkpoints" / key
     with load_model(folder) as model:
         fresh = outputs(model)
     with load_model(folder, load_format="dummy") as model:
         made_up = outputs(model)
-        initialize_layerwise_reload(model)
-        model.load_weights(iter(tensors_of(folder).items()))
-        finalize_layerwise_reload(model, get_current_vllm_config().model_config)
+        reload_model(model, tensors_of(folder))
         found = outputs(model)
     assert fresh.keys() == found.keys()
     assert [path for path in fresh if not torch.equal(fresh[path], found[path])] == []
@@ -85,7 +87,11 @@ def test_each_layer_computes_what_it_does_after_a_real_start(key: str, load_mode
 
 @pytest.mark.parametrize("key", [W8A8, FLATQUANT])
 def test_members_that_do_not_share_a_scale(
-    key: str, checkpoint: Callable[[str], Path], start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any
+    key: str,
+    checkpoint: Callable[[str], Path],
+    start_engine: Callable[..., Any],
+    ask: Callable[..., Any],
+    reference: Any,
 ) -> None:
     """Made-up input scales and clip ratios are equal; the real ones need not be, and may change with each reload."""
     first, own = DATA / "checkpoints" / key, of_its_own(checkpoint(key))
@@ -93,7 +99,8 @@ def test_members_that_do_not_share_a_scale(
     with start_engine(own) as llm:
         fresh = ask(llm, prompts)
     with start_engine(first) as llm:
-        assert (fresh_first := ask(llm, prompts)) != fresh
+        fresh_first = ask(llm, prompts)
+    assert fresh_first != fresh
     with start_engine(own, load_format="dummy") as llm:
         for folder, expected in ((own, fresh), (first, fresh_first), (own, fresh)):
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors_of(folder).items())})

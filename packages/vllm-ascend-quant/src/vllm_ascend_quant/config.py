@@ -220,9 +220,7 @@ _build: ContextVar[_Build | None] = ContextVar("_build", default=None)
 
 
 @contextmanager
-def while_building(
-    config: AscendQuantizationConfig | None, prefix: str = "", made_up: bool = False
-) -> Iterator[None]:
+def while_building(config: AscendQuantizationConfig | None, prefix: str = "", made_up: bool = False) -> Iterator[None]:
     """While it lasts, a model is being built, and its own config answers for its layers, whichever is asked.
 
     vLLM builds a draft with its target's config, and some drafts read a config of their own; a draft in float, whose

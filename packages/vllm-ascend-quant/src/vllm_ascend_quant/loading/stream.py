@@ -11,7 +11,7 @@ from torch import nn
 from quant_core import QuantError, QuantFormat
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.loading.explaining import stopped
-from vllm_ascend_quant.loading.floats import check_finite, check_rows, mark_unfilled
+from vllm_ascend_quant.loading.floats import check_finite, check_rows
 from vllm_ascend_quant.loading.source import check_source
 from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.methods.rows import handed_out
@@ -57,7 +57,6 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
     model.load_weights = load_weights  # type: ignore[assignment]
     if not served.made_up:
         check_rows(model, served, served.format)
-        mark_unfilled(model)
 
 
 def _canonical(
@@ -74,6 +73,7 @@ def _canonical(
     quantised = {module for quant in served.layers.values() if quant.quant_type is not None for module in quant.modules}
     for name, tensor in weights:
         last[:] = [(name, tensor)]
+        served.loading.came.add(name)
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
             if name.rpartition(".")[0] not in quantised:

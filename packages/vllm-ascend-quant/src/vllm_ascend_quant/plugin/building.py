@@ -12,6 +12,7 @@ from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig, while_building
 from vllm_ascend_quant.files import loaders
 from vllm_ascend_quant.loading.explaining import explained
+from vllm_ascend_quant.loading.floats import MarkedMemory
 from vllm_ascend_quant.loading.stream import watch_loading
 from vllm_ascend_quant.methods.norms import add_norm_biases
 from vllm_ascend_quant.placement.deciding import decide_layers
@@ -36,11 +37,12 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
             return original(vllm_config, prefix=prefix, **kwargs)
     assert config.format is not None, "vLLM calls maybe_update_config first"
     made_up = loaders.made_up(load_config.load_format)
-    with while_building(config, prefix, made_up), explained(config.format):
-        model = original(vllm_config, prefix=prefix, **kwargs)
-    served = ServedModel.of(model, config.format, model_config, made_up)
-    remade = decide_layers(model, served, config, prefix)
-    biased = add_norm_biases(model, served)
+    with MarkedMemory():
+        with while_building(config, prefix, made_up), explained(config.format):
+            model = original(vllm_config, prefix=prefix, **kwargs)
+        served = ServedModel.of(model, config.format, model_config, made_up)
+        remade = decide_layers(model, served, config, prefix)
+        biased = add_norm_biases(model, served)
     if remade or biased:
         compat.record_for_reload(model)
     watch_loading(model, served)

@@ -62,8 +62,8 @@ def batched_kronecker_quant(
         x: [tokens, L, R], floating.
         left_trans: [L, L] in x's dtype; for a checkpoint's matrix, its transpose.
         right_trans: [R, R] in x's dtype.
-        clip_ratio: how much of a token's largest magnitude the codes reach. A tensor [1], on CPU, may hold another value
-            when compiled code is run again; a number is baked in.
+        clip_ratio: how much of a token's largest magnitude the codes reach. Compiled code bakes in a number; a tensor
+            [1], on CPU, is read at each call.
 
     Returns:
         int32 codes [tokens, L, R / 8] and float32 scales [tokens].
