@@ -72,8 +72,8 @@ def batched_kronecker_quant(
     # An operator of its own in compiled code, which must not decide by the number of tokens that it was traced with.
     compiling = torch.compiler.is_compiling()
     if isinstance(clip_ratio, Tensor):
-        chunked = _by_stored_ratio_operator if compiling else _by_stored_ratio
-        codes, scales = chunked(x, left_trans, right_trans, clip_ratio)
+        by_ratio = _by_stored_ratio_operator if compiling else _by_stored_ratio
+        codes, scales = by_ratio(x, left_trans, right_trans, clip_ratio)
     else:
         chunked = _kronecker_quant_operator if compiling else _kronecker_quant_in_chunks
         codes, scales = chunked(x, left_trans, right_trans, clip_ratio)
