@@ -115,6 +115,7 @@ def layer_context(query: LayerQuery, quant: LayerQuant, scheme_class: type[Schem
         "stored": quant.stored,
         "partition": query.partition,
         "role": query.role,
+        "values_later": query.values_later,
     }
     sizes, wanted = query.sizes, _SIZES[query.layer_type]
     if wanted is LinearSizes and isinstance(sizes, LinearSizes | None):

@@ -140,9 +140,10 @@ class AscendQuantizationConfig(QuantizationConfig):
         build = _build.get()
         config = self if build is None else build.config
         if config is None or config.format is None:
-            return method_for(layer, prefix, None, None)
+            return method_for(layer, prefix, None, None, False)
         name = prefix if build is None else without_prefix(prefix, build.prefix)
-        return method_for(layer, name, config.format, config.guess(name, layer_class(layer)))
+        made_up = build is not None and build.made_up
+        return method_for(layer, name, config.format, config.guess(name, layer_class(layer)), made_up)
 
     def guess(self, name: str, kind: str = "Linear") -> LayerQuant | None:
         """What the format says of a layer by vLLM's name for it; None if that names nothing in the checkpoint."""
@@ -205,23 +206,31 @@ def _new_config(format_name: str) -> AscendQuantizationConfig:
 
 @dataclass(frozen=True)
 class _Build:
-    """The model that is being built: its own config, None if it is not one of ours, and its prefix."""
+    """The model that is being built.
+
+    Attributes:
+        config: its own; None if it is not one of ours.
+        prefix: of the names that vLLM gives.
+        made_up: whether its first weights are made up.
+
+    """
 
     config: AscendQuantizationConfig | None
     prefix: str
+    made_up: bool
 
 
 _build: ContextVar[_Build | None] = ContextVar("_build", default=None)
 
 
 @contextmanager
-def while_building(config: AscendQuantizationConfig | None, prefix: str = "") -> Iterator[None]:
+def while_building(config: AscendQuantizationConfig | None, prefix: str = "", made_up: bool = False) -> Iterator[None]:
     """While it lasts, a model is being built, and its own config answers for its layers, whichever is asked.
 
     vLLM builds a draft with its target's config, and some drafts read a config of their own; a draft in float, whose
     config is None, gets methods of vLLM's own.
     """
-    token = _build.set(_Build(config, prefix))
+    token = _build.set(_Build(config, prefix, made_up))
     try:
         yield
     finally:

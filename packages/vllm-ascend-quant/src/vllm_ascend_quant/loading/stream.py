@@ -12,7 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from quant_core import LimitError, QuantError, QuantFormat
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.loading.explaining import stopped
-from vllm_ascend_quant.loading.floats import check_finite, check_rows, mark_unfilled
+from vllm_ascend_quant.loading.floats import check_finite, check_rows
 from vllm_ascend_quant.loading.source import check_source
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.methods.parameter import AscendParameter, dtype_of_the_model
@@ -62,7 +62,6 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
     model.load_weights = load_weights  # type: ignore[assignment]
     if not served.made_up:
         check_rows(model, served, served.format)
-        mark_unfilled(model)
 
 
 def _after(check: Callable[[], None], stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -105,6 +104,7 @@ def _canonical(
     quantised = {module for quant in served.layers.values() if quant.quant_type is not None for module in quant.modules}
     for name, tensor in weights:
         last[:] = [(name, tensor)]
+        served.loading.came.add(name)
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
             if name.rpartition(".")[0] in quantised:

@@ -50,18 +50,18 @@ class AscendLinearMethod(LinearMethodBase):
         absent: what the scheme declares and the files lack, which it is handed as zeros.
         restored: whether the layer was processed before it is filled, and is not to be processed again; see
             files/saved_state.py.
-        made_up: whether weights are made up (`load_format="dummy"`), so that their values mean nothing.
+        made_up: whether the first weights are made up (`load_format="dummy"`), so that their values mean nothing.
         read_back: whether vLLM asks for the layer's float weight once it was processed; see `read_weight`.
 
     """
 
-    def __init__(self, quant_format: QuantFormat, name: str, quant: LayerQuant) -> None:
+    def __init__(self, quant_format: QuantFormat, name: str, quant: LayerQuant, made_up: bool) -> None:
         self.format = quant_format
         self.name = name
         self.quant = quant
         self.quant_method: AscendLinearScheme
         self.restored = False
-        self.made_up = False
+        self.made_up = made_up
         self.read_back = False
         self._float_weight: torch.Tensor | None = None
 
@@ -109,6 +109,7 @@ class AscendLinearMethod(LinearMethodBase):
             partition=_partition(layer),
             has_bias=getattr(layer, "has_bias", False),
             role=_role(),
+            values_later=self.made_up,
         )
         self.quant = self.format.layer_quant(query)  # again: sizes may tell how something is packed
         scheme = create_scheme(query, self.quant)

@@ -69,10 +69,6 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
         remade |= _decide_left_over(model, unknown, served)
     tie_again(model, tied, served)
     _report(served)
-    for layer, _ in _modules_with_paths(model):
-        method = getattr(layer, "quant_method", None)
-        if isinstance(method, AscendLinearMethod):
-            method.made_up = served.made_up
     return remade
 
 
@@ -178,7 +174,7 @@ def _apply_decision(
     for name in list(layer._parameters):
         if name != "bias":
             delattr(layer, name)
-    layer.quant_method = method_for(layer, path, served.format, quant)
+    layer.quant_method = method_for(layer, path, served.format, quant, served.made_up)
     layer.quant_method.create_weights(
         layer,
         *compat.weight_sizes(layer),
