@@ -121,7 +121,7 @@ def test_answers_about_pictures(tower: str, tmp_path: Path, start_engine: Callab
     assert set(layers.claimed) == tiny.expected
     assert [ids for ids, _ in answers] == [ids for ids, _ in reference]
     assert answers[0][0].count(SPECIAL["<|image_pad|>"]) == (WIDTH // PART) * (HEIGHT // PART)
-    median, largest = arithmetic.differences(numbers(answers), numbers(reference))
+    median, _ = arithmetic.differences(numbers(answers), numbers(reference))
     assert median < 2e-5
     # The float model and the other picture are far enough away for the comparison to mean something.
     assert arithmetic.differences(numbers(float_answers), numbers(reference))[0] > 100 * median
