@@ -440,6 +440,7 @@ def test_damaged_bytes(data: st.DataObject, tmp_path: Path, new_content: Callabl
 @pytest.mark.parametrize("damage", ["key", "tensor", "both", "shape", "dtype"])
 def test_every_tensor(tmp_path: Path, new_content: Callable[[], Any], damage: str) -> None:
     """Each tensor and key absent, cut, or converted once: the cases that chance may leave out."""
+    refused = 0
     for name in sorted(new_content().tensors):
         content = new_content()
         if damage in {"key", "both"}:
@@ -454,6 +455,8 @@ def test_every_tensor(tmp_path: Path, new_content: Callable[[], Any], damage: st
         quantised = content.description.get(name.rpartition(".")[0] + ".weight", "FLOAT") != "FLOAT"
         if damage in {"tensor", "shape", "dtype"} and quantised and not name.endswith(".bias"):
             assert verdict != "served", name
+            refused += 1
+    assert refused > 10 or damage in {"key", "both"}
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, -1])

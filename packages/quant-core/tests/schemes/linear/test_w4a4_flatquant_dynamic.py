@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import unpack_eights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import flatquant
@@ -15,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import LimitError, LoadError, Partition
 from quant_core.devices import planned_device
-from quant_core.packing import unpack_eights
 from quant_core.schemes.handover import check_shared
 from quant_core.schemes.linear import w4a4_flatquant_dynamic as module
 from quant_core.schemes.linear.w4a4_flatquant_dynamic import (

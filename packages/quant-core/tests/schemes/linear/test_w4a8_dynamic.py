@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import unpack_eights, unpack_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import w4a8_dynamic
@@ -12,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import LimitError, Partition
 from quant_core.devices import planned_device
-from quant_core.packing import unpack_eights, unpack_pairs
 from quant_core.schemes.linear.w4a8_dynamic import AscendW4A8DynamicLinearMethod as Scheme
 from quant_core.schemes.params import float_values
 from quant_core.schemes.verify import verify_stored
