@@ -29,6 +29,7 @@ class Loading:
         called: whether the model's `load_weights` was called since the last check; it is not for made-up weights.
         reported: the parameters that it reported; None where a model does not report.
         expected: the parameters that every load must fill, each by all its names.
+        processed: whether the layers are in their run-time form, which nothing can be loaded into.
 
     """
 
@@ -36,6 +37,7 @@ class Loading:
     called: bool = False
     reported: set[str] | None = None
     expected: frozenset[frozenset[str]] = frozenset()
+    processed: bool = False
 
     def take(self) -> tuple[bool, set[str] | None]:
         """Whether there was a load since the last time, and what it reported; the next one starts anew."""

@@ -84,18 +84,19 @@ def check_biases(model: nn.Module, served: ServedModel) -> None:
 
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    experts = _modules_of_experts(model, served)
     lost = []
     for module, places in _bias_places(served).items():
-        there = [modules[path] for path in places if path in modules]
+        there = experts.get(module) or [modules[path] for path in places if path in modules]
         if there and not any(_takes_bias(layer) for layer in there):
             lost.append(f"{module}.bias")
     if lost:
         raise LoadError(
             f"the model has no place for {len(lost)} bias tensors of the checkpoint: {listing(lost)}",
             where=served.format.folder.path,
-            expected="modules with a bias; leaving these tensors out would change every result",
-            todo="biases of layers that the architecture has without come from msModelSlim's anti-outlier methods m1, "
-            "m2 and m4: quantise with another method, or these layers as W8A8, which keeps its bias elsewhere",
+            expected="linear layers or RMS norms; leaving these tensors out would change every result",
+            todo="biases of modules that the architecture has without come from msModelSlim's anti-outlier methods m1, "
+            "m2 and m4: quantise with another method",
         )
 
 
@@ -103,7 +104,18 @@ def _takes_bias(layer: nn.Module) -> bool:
     """Whether a bias that is stored for a layer has an effect: as its parameter, or inside what else is stored."""
     method = getattr(layer, "quant_method", None)
     folded = isinstance(method, AscendLinearMethod) and method.quant_method.folds_bias
-    return folded or getattr(layer, "bias", None) is not None
+    experts = isinstance(layer, compat.expert_layer_class()) and compat.experts_have_biases(layer)
+    return folded or experts or getattr(layer, "bias", None) is not None
+
+
+def _modules_of_experts(model: nn.Module, served: ServedModel) -> dict[str, list[nn.Module]]:
+    """The checkpoint modules of experts, which a model has no modules for, and the layer that holds them."""
+    layers = {
+        compat.expert_prefix(layer, path): layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, compat.expert_layer_class())
+    }
+    return {module: [layers[path]] for path, below in served.paths.below(layers).items() for module in below}
 
 
 def _bias_places(served: ServedModel) -> dict[str, list[str]]:

@@ -19,8 +19,6 @@ from vllm_ascend_quant.methods.linear import full_sizes
 from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.served_model import ServedModel
 
-_FLOAT_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-
 
 def linear_layers(model: nn.Module) -> dict[str, LinearBase]:
     """The linear layers by path."""
@@ -67,29 +65,6 @@ def check_rows(model: nn.Module, served: ServedModel, source: QuantFormat) -> No
             found=listing(wrong),
             todo="check that config.json describes the model whose weights these are",
         )
-
-
-def check_finite(name: str, tensor: torch.Tensor, source: QuantFormat) -> None:
-    """Refuse a float tensor with a value that is no number: the model would answer, and wrongly.
-
-    Raises:
-        LoadError: names the tensor and its file, and gives the first such value and where it is.
-
-    """
-    if tensor.dtype not in _FLOAT_DTYPES or not tensor.numel():
-        return
-    if math.isfinite(sum(map(float, tensor.aminmax()))):  # NaN wins both; no mask of the tensor's size is made
-        return
-    finite = tensor.isfinite()
-    position = (~finite).nonzero()[0].tolist()
-    file = source.folder.tensors[name].file if name in source.folder.tensors else source.folder.path
-    raise LoadError(
-        f"{name} holds values that are not finite: {int((~finite).sum())} of {tensor.numel()}",
-        where=file,
-        found=f"{float(tensor[tuple(position)])} at {position}",
-        expected="finite numbers",
-        todo="download the file again if it is damaged; otherwise quantise the model again",
-    )
 
 
 def mark_unfilled(model: nn.Module) -> None:

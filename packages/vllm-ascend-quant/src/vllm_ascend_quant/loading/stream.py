@@ -10,8 +10,9 @@ from torch import nn
 
 from quant_core import QuantError, QuantFormat
 from vllm_ascend_quant import compat
-from vllm_ascend_quant.loading.explaining import stopped
-from vllm_ascend_quant.loading.floats import check_finite, check_rows, mark_unfilled
+from vllm_ascend_quant.loading.contents import check_finite, check_not_zero, never_zero
+from vllm_ascend_quant.loading.explaining import called_directly, stopped
+from vllm_ascend_quant.loading.floats import check_rows, mark_unfilled
 from vllm_ascend_quant.loading.source import check_source
 from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.methods.rows import handed_out
@@ -29,6 +30,7 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
     """
     original: Any = model.load_weights
     started = served.model_config.model
+    weighty = never_zero(model, served)
     reference = weakref.ref(model)  # the function becomes an attribute of the model
 
     @functools.wraps(original)
@@ -36,17 +38,20 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
         last: list[tuple[str, torch.Tensor]] = []
         loaded_model = reference()
         assert loaded_model is not None, "its own method is running"
+        if served.loading.processed and not compat.is_reloading(loaded_model):
+            raise called_directly(served.format)
+        other = None
         try:
             other = check_source(served, started)
             if other is not None:
                 check_rows(loaded_model, served, other)
-            reported = original(_canonical(weights, served, other or served.format, last), *args, **kwargs)
+            reported = original(_canonical(weights, served, other or served.format, weighty, last), *args, **kwargs)
         except Exception as error:
             failed = served.model_config.model
             give_up(loaded_model, served)
             if isinstance(error, (QuantError, MemoryError, torch.OutOfMemoryError)):
                 raise
-            raise stopped(served.format, failed, last, error) from error
+            raise stopped(other or served.format, failed, last, error) from error
         finally:
             handed_out.forget()
         loading = served.loading
@@ -64,6 +69,7 @@ def _canonical(
     weights: Iterable[tuple[str, torch.Tensor]],
     served: ServedModel,
     quant_format: QuantFormat,
+    weighty: frozenset[str],
     last: list[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The stream under canonical names, without what no layer needs; `last` holds what came last, as it came.
@@ -78,6 +84,8 @@ def _canonical(
         if canonical is not None:
             if name.rpartition(".")[0] not in quantised:
                 check_finite(name, tensor, quant_format)
+            if canonical in weighty:
+                check_not_zero(name, tensor, quant_format)
             handed_out.note(tensor)
             yield canonical, tensor
             question = handed_out.question(tensor)

@@ -13,6 +13,7 @@ from vllm_ascend_quant.config import AscendQuantizationConfig, while_building
 from vllm_ascend_quant.files import loaders
 from vllm_ascend_quant.loading.explaining import explained
 from vllm_ascend_quant.loading.stream import watch_loading
+from vllm_ascend_quant.methods.biases import add_linear_biases
 from vllm_ascend_quant.methods.norms import add_norm_biases
 from vllm_ascend_quant.placement.deciding import decide_layers
 from vllm_ascend_quant.served_model import ServedModel
@@ -40,8 +41,8 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
     made_up = not loaders.values_are_read(load_config.load_format)
     served = ServedModel.of(model, config.format, model_config, made_up)
     remade = decide_layers(model, served, config, prefix)
-    biased = add_norm_biases(model, served)
-    if remade or biased:
+    biased = [add_norm_biases(model, served), add_linear_biases(model, served)]
+    if remade or any(biased):
         compat.record_for_reload(model)
     watch_loading(model, served)
     return model

@@ -32,14 +32,9 @@ from vllm_ascend_quant.files import detection, hub, loaders, saved_state
 from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
 from vllm_ascend_quant.plugin.building import build
 from vllm_ascend_quant.served_model import served_model
+from vllm_ascend_quant.switches import enabled
 
-DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
 _MARK = "_vllm_ascend_quant_wrapper"
-
-
-def enabled(name: str) -> bool:
-    """Whether the user has not switched off this change of vLLM."""
-    return name not in {part.strip() for part in os.environ.get(DISABLE, "").split(",")}
 
 
 def install() -> None:
@@ -99,6 +94,7 @@ def _download(original: Callable[..., Any], model_config: Any, load_config: Any)
     config = original(taken, load_config)
     if isinstance(config, AscendQuantizationConfig):
         config.open_folder = functools.partial(loaders.open_folder, model_config, load_config)
+        config.values_are_read = loaders.values_are_read(load_config.load_format)
     return config
 
 
@@ -108,6 +104,7 @@ def _loaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwarg
         return original(model, *args, **kwargs)
     check_loaded(model, served)
     original(model, *args, **kwargs)
+    served.loading.processed = True
     return served.log_report()
 
 
