@@ -156,7 +156,10 @@ FRONT: dict[str, tuple[Change, list[str]]] = {
     "description blank": (write(DESCRIPTION, b""), [DESCRIPTION, "is empty"]),
     "description empty": (write(DESCRIPTION, b"{}"), [DESCRIPTION, "describes no tensor"]),
     "description twice the same key": (duplicate_key, [DESCRIPTION, "more than once: model.norm.weight"]),
-    "two descriptions": (write("quant_model_description_w8a8.json", b"{}"), ["2 ModelSlim descriptions"]),
+    "two descriptions": (
+        write("quant_model_description_w8a8.json", b"{}"),
+        ["contradict each other", DESCRIPTION, "quant_model_description_w8a8.json"],
+    ),
     "type that nobody registered": (
         retype(f"{LAYER}.mlp.down_proj", "W8A8_DYNAMICS"),
         [f"{LAYER}.mlp.down_proj.weight", "'W8A8_DYNAMICS'", "nearest name is 'W8A8_DYN"],
@@ -313,10 +316,10 @@ WORKER: dict[str, tuple[str, Change, list[str]]] = {
         put("model.embed_tokens.bias", torch.ones(512)),
         ["no place", "model.embed_tokens.bias", "m1, m2 and m4"],
     ),
-    "bias of o in a model without": (
+    "bias of one member only": (
         DYNAMIC,
-        put(f"{LAYER}.self_attn.o_proj.bias", torch.ones(128)),
-        ["no place", "o_proj.bias"],
+        put(f"{LAYER}.mlp.up_proj.bias", torch.ones(384)),
+        [f"not loaded: {LAYER}.mlp.gate_proj.bias"],
     ),
     "tensor that nobody knows": (
         W8A8,

@@ -39,7 +39,7 @@ def contradictions(folder: CheckpointFolder) -> Iterator[Finding]:
     for own, inside in pairs:
         if not torch.equal(values[own.name].double(), values[inside.name].double()):
             yield Finding(
-                "norms that are stored twice differ, and nothing tells for which of the two the layers behind were made",
+                "norms that are stored twice differ, and nothing tells for which of them the layers behind were made",
                 where=str(folder.path),
                 found=f"{own.name} in {own.file} and {inside.name} in {inside.file}",
                 expected="the same values under both names",

@@ -1,9 +1,9 @@
 """Values that no sound checkpoint holds: what is not finite, and zeros where a model cannot have them.
 
-An interrupted download into a file that was given its length before leaves zeros behind. Zeros are ordinary, too: single
-rows (padding, dead channels), biases, offsets of symmetric types, gates, and norms that multiply by 1 + weight. So what
-must not be all zeros is the weight of a linear layer, of an embedding and of an expert, and that of a norm which the
-model makes of ones. The switch `zeros` is for a model that really has them, such as one with added identity layers.
+An interrupted download into a file that was given its length before leaves zeros behind. Zeros are ordinary, too:
+single rows (padding, dead channels), biases, offsets of symmetric types, gates, and norms that multiply by 1 + weight.
+So what must not be all zeros is the weight of a linear layer, of an embedding and of an expert, and that of a norm which
+the model makes of ones. The switch `zeros` is for a model that really has them, as one with added identity layers does.
 """
 
 import math
@@ -128,7 +128,9 @@ def check_tails(folder: CheckpointFolder) -> None:
 def _made_of_ones(module: nn.Module) -> bool:
     """Whether a module has the weight of a norm that multiplies by it, as the model makes it before loading."""
     weight = module._parameters.get("weight")
-    return weight is not None and weight.numel() > 1 and bool(weight.reshape(-1)[0] == 1) and bool((weight == 1).all())
+    if weight is None or weight.is_meta or weight.numel() < 2:
+        return False
+    return bool(weight.reshape(-1)[0] == 1) and bool((weight == 1).all())
 
 
 def _all_zero(tensor: torch.Tensor) -> bool:

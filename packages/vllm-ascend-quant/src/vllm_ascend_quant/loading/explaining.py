@@ -29,9 +29,22 @@ def explained(quant_format: QuantFormat) -> Iterator[None]:
 
 
 def stopped(
-    quant_format: QuantFormat, folder: str, last: list[tuple[str, torch.Tensor]], error: Exception
+    quant_format: QuantFormat,
+    source: QuantFormat,
+    folder: str,
+    last: list[tuple[str, torch.Tensor]],
+    error: Exception,
 ) -> LoadError:
-    """The error for whatever vLLM raised while it loaded the last of the tensors that it was given."""
+    """The error for whatever vLLM raised while it loaded the last of the tensors that it was given.
+
+    Args:
+        quant_format: what the engine was started with.
+        source: what it loads from, if nobody else sends the tensors.
+        folder: the name of that.
+        last: the last tensor, if there was any.
+        error: what was raised.
+
+    """
     name, form = (last[0][0], f"{last[0][1].dtype} {list(last[0][1].shape)}") if last else ("the first tensor", None)
     module, _, suffix = name.rpartition(".")
     if last and last[0][1].numel() == 1 and suffix != "weight" and module in quant_format.modules:
@@ -42,7 +55,7 @@ def stopped(
             found=form,
             todo="leave this module float, or use a type that stores nothing for a whole weight",
         )
-    if last and (sent := _not_of_the_files(quant_format, *last[0])):
+    if last and (sent := _not_of_the_files(source, *last[0])):
         return LoadError(
             f"vLLM could not load {name}: {_in_short(error)}",
             where="the tensors that were sent",

@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from typing import cast
 
-import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase
 

@@ -51,7 +51,7 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
             give_up(loaded_model, served)
             if isinstance(error, (QuantError, MemoryError, torch.OutOfMemoryError)):
                 raise
-            raise stopped(other or served.format, failed, last, error) from error
+            raise stopped(served.format, other or served.format, failed, last, error) from error
         finally:
             handed_out.forget()
         loading = served.loading

@@ -1,8 +1,8 @@
 """Biases of linear layers that the architecture has without.
 
-msModelSlim's anti-outlier methods (m1, m2, m4) shift what a norm gives out (norms.py), and the layers behind it take the
-shift back: W(x + shift) + b, b = -W shift. Static types hold b inside their integers; beside all others, float ones too,
-it is stored as a `.bias` for which vLLM makes no parameter.
+msModelSlim's anti-outlier methods (m1, m2, m4) shift what a norm gives out (norms.py), and the layers behind it take
+the shift back: W(x + shift) + b, b = -W shift. Static types hold b inside their integers; beside all others, float ones
+too, it is stored as a `.bias` for which vLLM makes no parameter.
 """
 
 import torch
