@@ -105,7 +105,7 @@ def test_an_expert_of_zeros(tmp_path: Path, load_model: Callable[..., Any]) -> N
     folder = zero(tmp_path / "apart" / "quant", name)
     with pytest.raises(LoadError, match=f"{name} holds nothing but zeros"), load_model(folder, **OPTIONS):
         pass
-    architectures.make(TABLE["llama4"], tmp_path / "stacked")
+    architectures.make(TABLE["llama4_text"], tmp_path / "stacked")
     folder = tmp_path / "stacked" / "quant"
     name = next(n for n in load_file(folder / WEIGHTS) if n.endswith("experts.gate_up_proj"))
     change(folder, lambda tensors: tensors[name][1].zero_())

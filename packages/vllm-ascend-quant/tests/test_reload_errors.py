@@ -86,7 +86,7 @@ def test_tensors_that_a_caller_sends(start_engine: Callable[..., Any], ask: Call
     with start_engine(first) as llm:
         fresh = ask(llm, prompts)
         for part in (["model.norm.weight"], [f"{LAYER}.self_attn.o_proj.weight"], list(tensors)):
-            with pytest.raises(LoadError, match="call llm.collective_rpc.*reload_weights"):
+            with pytest.raises(LoadError, match=r"call llm\.collective_rpc.*reload_weights"):
                 llm.apply_model(lambda model, part=part: model.load_weights([(n, tensors[n] * 2) for n in part]) and 0)
             assert ask(llm, prompts) == fresh
         for sent, said in (

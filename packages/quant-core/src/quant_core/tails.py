@@ -26,7 +26,7 @@ def zero_tail(path: Path) -> tuple[int, list[str]]:
     try:
         with path.open("rb") as opened:
             size = opened.seek(0, 2)
-            start, names = size, []
+            start, names = size, list[str]()
             if _is_zero(opened, max(0, size - _LAST), size):
                 for begin, end, name in _from_the_last(opened):
                     if not _is_zero(opened, begin, end):

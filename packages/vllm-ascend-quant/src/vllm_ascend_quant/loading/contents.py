@@ -2,8 +2,9 @@
 
 An interrupted download into a file that was given its length before leaves zeros behind. Zeros are ordinary, too:
 single rows (padding, dead channels), biases, offsets of symmetric types, gates, and norms that multiply by 1 + weight.
-So what must not be all zeros is the weight of a linear layer, of an embedding and of an expert, and that of a norm which
-the model makes of ones. The switch `zeros` is for a model that really has them, as one with added identity layers does.
+So what must not be all zeros is the weight of a linear layer, of an embedding and of an expert, and that of a norm
+which the model makes of ones. The switch `zeros` is for a model that really has them, such as one with added identity
+layers.
 """
 
 import math

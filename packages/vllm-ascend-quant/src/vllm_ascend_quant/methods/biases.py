@@ -5,6 +5,8 @@ the shift back: W(x + shift) + b, b = -W shift. Static types hold b inside their
 too, it is stored as a `.bias` for which vLLM makes no parameter.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
@@ -26,9 +28,8 @@ def add_linear_biases(model: nn.Module, served: ServedModel) -> bool:
         layer = model.get_submodule(path)
         stored = any(module in served.modules and served.modules[module].has("bias") for module in quant.modules)
         if stored and isinstance(layer, LinearBase) and layer not in unused and _would_add(layer):
-            bias = torch.zeros(
-                sum(layer.output_partition_sizes), dtype=layer.params_dtype, device=next(layer.parameters()).device
-            )
+            size = sum(cast(list[int], layer.output_partition_sizes))
+            bias = torch.zeros(size, dtype=layer.params_dtype, device=next(layer.parameters()).device)
             layer.bias = nn.Parameter(bias, requires_grad=False)
             set_weight_attrs(layer.bias, {"output_dim": 0, "weight_loader": layer.weight_loader})
             layer.has_bias = True
@@ -38,7 +39,7 @@ def add_linear_biases(model: nn.Module, served: ServedModel) -> bool:
 
 def _would_add(layer: LinearBase) -> bool:
     """Whether a layer without a bias would add one to its result."""
-    if layer.bias is not None or layer.skip_bias_add:
+    if getattr(layer, "bias", None) is not None or layer.skip_bias_add:
         return False
     method = layer.quant_method
     if isinstance(method, AscendLinearMethod) and method.quant_method.folds_bias:
