@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -135,6 +137,8 @@ def test_where_none_can_be_added(
     name: str, module: str, size: int, tmp_path: Path, load_model: Callable[..., Any]
 ) -> None:
     """Experts, and the projection that latent attention multiplies into others: vLLM would drop their biases."""
+    if name == "deepseek_v2" and Version(vllm.__version__) < Version("0.29"):
+        pytest.skip(f"vLLM {vllm.__version__}: its latent attention does not import on CPU")
     architectures.make(TABLE[name], tmp_path)
     add(tmp_path / "quant", {f"{module}.bias": torch.ones(size)})
     options = {"max_model_len": 128, "skip_tokenizer_init": True, **TABLE[name].engine}

@@ -39,11 +39,14 @@ def check_loaded(model: nn.Module, served: ServedModel) -> None:
     absent = unfilled(model, served)
     absent += [min(aliases) for aliases in others if reported is not None and reported.isdisjoint(aliases)]
     if absent:
+        stored = served.format.folder.tensors.keys() >= set(absent)
         raise LoadError(
             f"{len(absent)} of the model's parameters were not loaded: {listing(absent)}",
             where=served.format.folder.path,
-            found=layers_hint(served.format),
-            todo="check that config.json describes the model whose weights these are, and that no file is missing",
+            found="the files hold all of them" if stored else layers_hint(served.format),
+            todo="vLLM's loader of this model left them out: report the architecture"
+            if stored
+            else "check that config.json describes the model whose weights these are, and that no file is missing",
         )
 
 

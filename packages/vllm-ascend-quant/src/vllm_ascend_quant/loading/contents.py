@@ -114,7 +114,7 @@ def check_tails(folder: CheckpointFolder) -> None:
     """
     if not enabled(ZEROS):
         return
-    for file in folder.weight_files:
+    for file in sorted({tensor.file for tensor in folder.tensors.values()}):  # whose headers were read and are sound
         start, names = zero_tail(folder.path / file)
         if len(names) > 1 and not all(name.endswith(_MAY_BE_ZERO) for name in names):
             size = (folder.path / file).stat().st_size

@@ -13,7 +13,7 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
     restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
-(The name `precedence` switches off what precedence.py does.)
+(The names `precedence` and `zeros` switch off what precedence.py and loading/contents.py do.)
 """
 
 import functools
