@@ -30,7 +30,7 @@ def explained(quant_format: QuantFormat) -> Iterator[None]:
 
 def stopped(
     quant_format: QuantFormat,
-    source: QuantFormat,
+    source: QuantFormat | None,
     folder: str,
     last: list[tuple[str, torch.Tensor]],
     error: Exception,
@@ -39,8 +39,8 @@ def stopped(
 
     Args:
         quant_format: what the engine was started with.
-        source: what it loads from, if nobody else sends the tensors.
-        folder: the name of that.
+        source: at a reload, the checkpoint whose tensors were expected; a caller may have sent others.
+        folder: the name of the folder.
         last: the last tensor, if there was any.
         error: what was raised.
 
@@ -55,7 +55,7 @@ def stopped(
             found=form,
             todo="leave this module float, or use a type that stores nothing for a whole weight",
         )
-    if last and (sent := _not_of_the_files(source, *last[0])):
+    if source is not None and last and (sent := _not_of_the_files(source, *last[0])):
         return LoadError(
             f"vLLM could not load {name}: {_in_short(error)}",
             where="the tensors that were sent",

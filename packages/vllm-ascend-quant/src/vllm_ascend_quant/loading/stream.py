@@ -38,7 +38,8 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
         last: list[tuple[str, torch.Tensor]] = []
         loaded_model = reference()
         assert loaded_model is not None, "its own method is running"
-        if served.loading.processed and not compat.is_reloading(loaded_model):
+        loading = served.loading
+        if loading.processed and not compat.is_reloading(loaded_model):
             raise called_directly(served.format)
         other = None
         try:
@@ -47,14 +48,13 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
                 check_rows(loaded_model, served, other)
             reported = original(_canonical(weights, served, other or served.format, weighty, last), *args, **kwargs)
         except Exception as error:
-            failed = served.model_config.model
+            failed, source = served.model_config.model, other or served.format
             give_up(loaded_model, served)
             if isinstance(error, (QuantError, MemoryError, torch.OutOfMemoryError)):
                 raise
-            raise stopped(served.format, other or served.format, failed, last, error) from error
+            raise stopped(served.format, source if loading.processed else None, failed, last, error) from error
         finally:
             handed_out.forget()
-        loading = served.loading
         loading.called = True
         loading.reported = None if reported is None else (loading.reported or set()) | set(reported)
         return reported
