@@ -163,11 +163,24 @@ def test_none_but_another_method_is_declared(tmp_path: Path) -> None:
         Description.read(folder)
 
 
-def test_two(tmp_path: Path) -> None:
+def test_a_copy_under_another_name(tmp_path: Path) -> None:
+    """People copy the description instead of renaming it; the order of its keys means nothing."""
     write(tmp_path, json.dumps(TYPES))
-    folder = write(tmp_path, json.dumps(TYPES), "quant_model_description_w8a8.json")
-    with pytest.raises(CheckpointError, match=r"2 ModelSlim descriptions: .*description\.json.*_w8a8\.json"):
+    folder = write(tmp_path, json.dumps(dict(reversed(TYPES.items())), indent=4), "quant_model_description_w8a8.json")
+    assert Description.read(folder).types == TYPES
+
+
+@pytest.mark.parametrize("other", [{**TYPES, "a.weight": "W8A16"}, {**TYPES, "new.weight": "FLOAT"}, {}, []])
+def test_two_that_contradict_each_other(tmp_path: Path, other: Any) -> None:
+    write(tmp_path, json.dumps(TYPES))
+    folder = write(tmp_path, json.dumps(other), "quant_model_description_w8a8.json")
+    with pytest.raises(
+        CheckpointError, match=r"contradict each other: .*description\.json and .*_w8a8\.json"
+    ) as raised:
         Description.read(folder)
+    if other:
+        changed = next(key for key in other if other[key] != TYPES.get(key))
+        assert f"found: 1 keys with other values: {changed}" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["quant_model_description.json", "quant_model_description_w8a8_dynamic.json"])

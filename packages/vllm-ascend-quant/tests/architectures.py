@@ -120,6 +120,8 @@ def randomise(model: nn.Module) -> None:
                 param.add_(torch.randn_like(param) * 0.1)
             elif param.dim() == 3 and "experts" in name.split("."):
                 param.normal_(0, 1 / param.shape[-1] ** 0.5)
+            elif param.dim() == 2 and kind == "weight" and not param.any():  # a router that its model starts at zero
+                param.normal_(0, 1 / param.shape[1] ** 0.5)
             elif not torch.isfinite(param).all():
                 param.zero_()
 

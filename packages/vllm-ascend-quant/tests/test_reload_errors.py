@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quant_core import QuantError
+from quant_core import LoadError, QuantError
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
@@ -74,4 +74,27 @@ def test_refused_and_recovered(
                 reload(weights_path=str(bad))
             assert all(part in str(raised.value) for part in said), str(raised.value)
             reload(**good[number % len(good)])
+            assert ask(llm, prompts) == fresh
+
+
+def test_tensors_that_a_caller_sends(start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any) -> None:
+    """Errors say what the caller did and suspect no file: called past vLLM's reload, other names, other shapes."""
+    first, prompts = DATA / "checkpoints" / KEY, reference.prompts[:2]
+    tensors = load_file(first / WEIGHTS)
+    strange = {**tensors, "actor.model.norm.weight": tensors["model.norm.weight"]}
+    long = {**tensors, "model.norm.weight": tensors["model.norm.weight"].repeat(2)}
+    with start_engine(first) as llm:
+        fresh = ask(llm, prompts)
+        for part in (["model.norm.weight"], [f"{LAYER}.self_attn.o_proj.weight"], list(tensors)):
+            with pytest.raises(LoadError, match=r"call llm\.collective_rpc.*reload_weights"):
+                llm.apply_model(lambda model, part=part: model.load_weights([(n, tensors[n] * 2) for n in part]) and 0)
+            assert ask(llm, prompts) == fresh
+        for sent, said in (
+            (strange, "has no tensor of this name"),
+            (long, r"holds torch\.\w+ \[128\] under this name"),
+        ):
+            with pytest.raises(LoadError, match=rf"(?s)the tensors that were sent.*{said}") as raised:
+                llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(sent.items())})
+            assert "config.json" not in str(raised.value)
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
             assert ask(llm, prompts) == fresh

@@ -93,6 +93,9 @@ UNUSUAL: dict[str, Callable[[Path], object]] = {
     "the name of older writers": lambda folder: (folder / DESCRIPTION).rename(
         folder / "quant_model_description_w8a8.json"
     ),
+    "a copy under the name of older writers": lambda folder: shutil.copyfile(
+        folder / DESCRIPTION, folder / "quant_model_description_w8a8.json"
+    ),
     "links": links,
     "stray files": stray_files,
     "config names our method": configured({"quant_method": "ascend"}),
@@ -110,6 +113,22 @@ def test_the_same_model(
     folder = checkpoint(W8A8)
     UNUSUAL[case](folder)
     found = parameters(load_model, folder)
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_norms_that_are_stored_twice(checkpoint: Callable[[str], Path], load_model: Callable[..., Any]) -> None:
+    """As the oldest writer stores those of anti-outlier methods: the second pair is described by the model's type."""
+    folder = checkpoint("msmodelslim/qwen3/V0_W8A8_M4")
+    plain = parameters(load_model, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    norms = {name: tensor for name, tensor in tensors.items() if "norm." in name}
+    again = {f"{n.rpartition('.')[0]}.module.{n.rpartition('.')[2]}": tensor.clone() for n, tensor in norms.items()}
+    save_file(tensors | again, file, metadata={"format": "pt"})
+    described(lambda content: content | dict.fromkeys(again, "W8A8"))(folder)
+    found = parameters(load_model, folder)
+    assert sum(name.endswith("norm.bias") for name in found) == len(again) / 2 > 10
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 

@@ -1,18 +1,20 @@
-"""Reading a checkpoint folder: JSON files and the headers of safetensors files, never a tensor.
+"""Reading a checkpoint folder: JSON files, the headers of safetensors files, and of tensors the few that are asked for.
 
 This is the only place that opens a checkpoint's files before an engine loads the weights. Files may be links, as all
 of them are in the Hugging Face cache; what may not leave the folder are names that stand *inside* a file.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import torch
+
 from quant_core.errors import CheckpointError, listing
-from quant_core.files import JsonTotal, header_size, read_header, read_json
+from quant_core.files import JsonTotal, header_size, read_header, read_json, read_tensors
 from quant_core.stored import StoredForm, StoredTensor
 
 _READERS = 8
@@ -165,6 +167,21 @@ class CheckpointFolder:
                     todo="finish the download, or remove the index if it belongs to another checkpoint",
                 )
         return tensors
+
+    def read_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The values of some tensors: of small ones that a format must compare.
+
+        Raises:
+            CheckpointError: if a file has changed since the headers were read.
+
+        """
+        files: dict[str, list[str]] = {}
+        for name in names:
+            files.setdefault(self.tensors[name].file, []).append(name)
+        values: dict[str, torch.Tensor] = {}
+        for file, inside in files.items():
+            values |= read_tensors(self.path / file, file, inside)
+        return values
 
     @cached_property
     def modules(self) -> Mapping[str, StoredForm]:

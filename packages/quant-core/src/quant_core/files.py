@@ -1,4 +1,4 @@
-"""Reading one file of a checkpoint: JSON, or the header of a safetensors file.
+"""Reading one file of a checkpoint: JSON, or the header or tensors of a safetensors file.
 
 The files come from strangers. Whatever is wrong with one becomes a `CheckpointError` that names it, and nothing that
 could block or never end is opened.
@@ -7,7 +7,7 @@ could block or never end is opened.
 import json
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +160,20 @@ def _unreadable(path: Path, name: str, error: Exception) -> CheckpointError:
         found=_what_it_is(path),
         todo="download or write the file again",
     )
+
+
+def read_tensors(path: Path, file: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, which messages call `file`, and whose header was read.
+
+    Raises:
+        CheckpointError: if the file has changed since.
+
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} has changed while it was read: {error}", where=path) from error
 
 
 def _tensors(path: Path, file: str) -> Iterator[StoredTensor]:

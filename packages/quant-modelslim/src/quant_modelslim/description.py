@@ -3,6 +3,7 @@
 Writers and their dialects: docs/formats/modelslim.md, sections 1 to 3.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -88,22 +89,20 @@ class Description:
 
     @classmethod
     def read(cls, folder: CheckpointFolder) -> Self:
-        """The folder's one description.
+        """The folder's one description. Copies of it under other names, as other servers want it, are the same one.
 
         Raises:
-            CheckpointError: if there is none or more than one, or it is not what a description must be.
+            CheckpointError: if there is none, if two contradict each other, or it is not what a description must be.
 
         """
         files = folder.files(PATTERN)
         if not files:
             raise _no_description(folder)
-        if len(files) > 1:
-            raise CheckpointError(
-                f"{folder.path} has {len(files)} ModelSlim descriptions: {listing(files)}",
-                expected="one",
-                todo="move those that do not belong to the weights out of the folder",
-            )
-        return cls.parse(folder.read_json(files[0]), files[0])
+        content = folder.read_json(files[0])
+        for other in files[1:]:
+            if (copied := folder.read_json(other)) != content:
+                raise _contradiction(folder, files[0], content, other, copied)
+        return cls.parse(content, files[0])
 
     @classmethod
     def parse(cls, content: object, file: str) -> Self:
@@ -147,6 +146,21 @@ class Description:
                 todo="the tool did not finish: quantise the model again",
             )
         return cls(file, types, attention, _global_keys(general, file))
+
+
+def _contradiction(folder: CheckpointFolder, file: str, content: Any, other: str, copied: Any) -> CheckpointError:
+    """The error for two descriptions of one folder that are not equal."""
+    found = "a file that holds no JSON object"
+    if isinstance(content, dict) and isinstance(copied, dict):
+        entries = [{(key, json.dumps(value)) for key, value in one.items()} for one in (content, copied)]
+        differing = sorted({key for key, _ in entries[0] ^ entries[1]})
+        found = f"{len(differing)} keys with other values: {listing(differing)}"
+    return CheckpointError(
+        f"{folder.path} has two ModelSlim descriptions that contradict each other: {file} and {other}",
+        found=found,
+        expected="one, or copies of it",
+        todo="move the one that does not belong to the weights out of the folder",
+    )
 
 
 def _no_description(folder: CheckpointFolder) -> CheckpointError:

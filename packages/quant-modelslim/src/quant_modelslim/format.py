@@ -22,6 +22,7 @@ from quant_modelslim.resolve import agreed_type, attention_type, module_type, un
 from quant_modelslim.stating import canonical_suffixes, stated
 from quant_modelslim.type_names import FLOAT
 from quant_modelslim.validate import examine
+from quant_modelslim.wrapped_norms import is_wrapped_norm
 
 
 class ModelSlimFormat(QuantFormat):
@@ -112,7 +113,9 @@ class ModelSlimFormat(QuantFormat):
         return StoredForm(form.module, form.tensors, like.weight, like.input, like.transforms, form.spelling)
 
     def canonical_suffixes(self, form: StoredForm) -> Mapping[str, str | None]:
-        """Scales in two stages are called otherwise."""
+        """Scales in two stages are called otherwise; what a wrapped norm stores a second time is left out."""
+        if is_wrapped_norm(form, self.folder):
+            return dict.fromkeys(form.tensors)
         return canonical_suffixes(form, self.description)
 
     @property

@@ -22,6 +22,7 @@ from quant_modelslim.description import ATTENTION_TYPE, Description
 from quant_modelslim.resolve import QUANTISED_DTYPES, dtype_name, is_float, smoothed, undescribed
 from quant_modelslim.stating import canonical_suffixes, stated
 from quant_modelslim.type_names import FLOAT_TYPES, SIMULATED_RANKS, UNUSABLE
+from quant_modelslim.wrapped_norms import contradictions, is_wrapped_norm
 
 
 def examine(folder: CheckpointFolder, description: Description) -> Iterator[Finding]:
@@ -51,6 +52,7 @@ def examine(folder: CheckpointFolder, description: Description) -> Iterator[Find
         )
     yield from _leaving_the_folder(folder, description)
     yield from _undescribed(folder, description)
+    yield from contradictions(folder)
     told = {tensor.rpartition(".")[0] for tensor, _ in wrong} | _simulated(description) | _of_unknown_types(description)
     yield from _wrong_forms(folder, description, told)
 
@@ -218,6 +220,8 @@ def _wrong_forms(folder: CheckpointFolder, description: Description, told: Colle
         if get_scheme_class(quant_type, "linear") is None:
             continue  # known for another layer type, which the engine decides
         raw = folder.modules[module]
+        if is_wrapped_norm(raw, folder):
+            continue
         try:
             modules.append((quant_type, respelled(raw, canonical_suffixes(raw, description))))
         except CheckpointError as error:

@@ -77,6 +77,16 @@ def expert_prefix(layer: "nn.Module", path: str) -> str:
     return path.removesuffix(".routed_experts")
 
 
+def experts_have_biases(layer: "nn.Module") -> bool:
+    """Whether the experts of a layer have biases."""
+    return layer._parameters.get("w13_bias") is not None
+
+
+def latent_attention_class() -> type["nn.Module"]:
+    """The class of latent attention (MLA), which multiplies by the weight of its `kv_b_proj` without calling it."""
+    return importlib.import_module("vllm.model_executor.layers.attention").MLAAttention  # type: ignore[no-any-return]
+
+
 def build_name(layer: Any) -> str:
     """What vLLM called a layer while it was built: vLLM 0.28 does not keep it for vocabulary layers."""
     return getattr(layer, "prefix", "")
@@ -185,6 +195,12 @@ def record_for_reload(model: "nn.Module") -> None:
         "vllm.model_executor.model_loader.utils"
     ).record_metadata_for_reloading
     record(model)
+
+
+def is_reloading(model: "nn.Module") -> bool:
+    """Whether a reload of a model was begun and not finished yet."""
+    layerwise = _layerwise()
+    return any(layerwise.get_layerwise_info(module).can_load() for module in model.modules())
 
 
 def incomplete_at_reload(module: "nn.Module") -> bool:

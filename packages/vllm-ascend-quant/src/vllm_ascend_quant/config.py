@@ -39,6 +39,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         format: the checkpoint, once `maybe_update_config` has read it.
         open_folder: gets the model's folder, downloading it if it must; set before `maybe_update_config`, which uses
             it up.
+        values_are_read: whether the weights of this folder are loaded; set likewise.
 
     """
 
@@ -48,6 +49,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         super().__init__()  # type: ignore[no-untyped-call]
         self.format: QuantFormat | None = None
         self.open_folder: Callable[[], CheckpointFolder] | None = None
+        self.values_are_read = True
         self._mappers: list[Any] = []
         self._names: ModuleNames | None = None
 
@@ -114,6 +116,10 @@ class AscendQuantizationConfig(QuantizationConfig):
                 todo="download the model first (`hf download`), or give its folder",
             )
         self.format = self.format_class().load(folder)
+        if self.values_are_read:
+            from vllm_ascend_quant.loading.contents import check_tails
+
+            check_tails(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Remember how a model renames a checkpoint's modules. Called once per model class that has a mapper."""

@@ -30,6 +30,7 @@ class Loading:
         reported: the parameters that it reported; None where a model does not report.
         came: the tensors that it was given, by their names in the checkpoint.
         expected: the parameters that every load must fill, each by all its names.
+        processed: whether the layers are in their run-time form, which nothing can be loaded into.
 
     """
 
@@ -38,6 +39,7 @@ class Loading:
     reported: set[str] | None = None
     came: set[str] = field(default_factory=set)
     expected: frozenset[frozenset[str]] = frozenset()
+    processed: bool = False
 
     def take(self) -> tuple[bool, set[str] | None, set[str]]:
         """Whether there was a load since the last time, what it reported and was given; the next one starts anew."""

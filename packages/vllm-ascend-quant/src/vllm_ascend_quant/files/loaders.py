@@ -100,3 +100,8 @@ def open_folder(model_config: Any, load_config: Any) -> CheckpointFolder:
 def made_up(load_format: str) -> bool:
     """Whether the first weights are made up, so that the values of scales mean nothing."""
     return load_format == DUMMY
+
+
+def values_are_read(load_format: str) -> bool:
+    """Whether the folder's weights are loaded, and not a saved state or made-up ones."""
+    return load_format not in (*SAVED, DUMMY)

@@ -50,13 +50,17 @@ def _not_loaded(members: list[str], others: list[str], quant_format: QuantFormat
     names, folder = [*members, *others], quant_format.folder
     lacking = [name for name in names if name not in folder.tensors]
     searched = f"no tensor {listing(lacking)} in {listing(folder.weight_files)}" if lacking else None
+    found = "; ".join(filter(None, [searched, layers_hint(quant_format)])) or None
+    todo = "check that config.json describes the model whose weights these are, and that no file is missing"
+    if not lacking:
+        found, todo = "the files hold all of them", "vLLM's loader of this model left them out: report the architecture"
+    elif not others:
+        todo = "the other members of these layers are there, so the files are incomplete: download or write them again"
     return LoadError(
         f"{len(names)} of the model's parameters were not loaded: {listing(names)}",
         where=folder.path,
-        found="; ".join(filter(None, [searched, layers_hint(quant_format)])) or None,
-        todo="check that config.json describes the model whose weights these are, and that no file is missing"
-        if others
-        else "the other members of these layers are there, so the files are incomplete: download or write them again",
+        found=found,
+        todo=todo,
     )
 
 
@@ -132,18 +136,19 @@ def check_biases(model: nn.Module, served: ServedModel) -> None:
 
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    experts = _modules_of_experts(model, served)
     lost = []
     for module, places in _bias_places(served).items():
-        there = [modules[path] for path in places if path in modules and modules[path]._parameters]
+        there = experts.get(module) or [modules[p] for p in places if p in modules and modules[p]._parameters]
         if there and not any(_takes_bias(layer) for layer in there):
             lost.append(f"{module}.bias")
     if lost:
         raise LoadError(
             f"the model has no place for {len(lost)} bias tensors of the checkpoint: {listing(lost)}",
             where=served.format.folder.path,
-            expected="modules with a bias; leaving these tensors out would change every result",
-            todo="biases of layers that the architecture has without come from msModelSlim's anti-outlier methods m1, "
-            "m2 and m4: quantise with another method, or these layers as W8A8, which keeps its bias elsewhere",
+            expected="linear layers or RMS norms; leaving these tensors out would change every result",
+            todo="biases of modules that the architecture has without come from msModelSlim's anti-outlier methods m1, "
+            "m2 and m4: quantise with another method",
         )
 
 
@@ -151,7 +156,18 @@ def _takes_bias(layer: nn.Module) -> bool:
     """Whether a bias that is stored for a layer has an effect: as its parameter, or inside what else is stored."""
     method = getattr(layer, "quant_method", None)
     folded = isinstance(method, AscendLinearMethod) and method.quant_method.folds_bias
-    return folded or getattr(layer, "bias", None) is not None
+    experts = isinstance(layer, compat.expert_layer_class()) and compat.experts_have_biases(layer)
+    return folded or experts or getattr(layer, "bias", None) is not None
+
+
+def _modules_of_experts(model: nn.Module, served: ServedModel) -> dict[str, list[nn.Module]]:
+    """The checkpoint modules of experts, which a model has no modules for, and the layer that holds them."""
+    layers = {
+        compat.expert_prefix(layer, path): layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, compat.expert_layer_class())
+    }
+    return {module: [layers[path]] for path, below in served.paths.below(layers).items() for module in below}
 
 
 def _bias_places(served: ServedModel) -> dict[str, list[str]]:

@@ -29,9 +29,22 @@ def explained(quant_format: QuantFormat) -> Iterator[None]:
 
 
 def stopped(
-    quant_format: QuantFormat, folder: str, last: list[tuple[str, torch.Tensor]], error: Exception
+    quant_format: QuantFormat,
+    source: QuantFormat | None,
+    folder: str,
+    last: list[tuple[str, torch.Tensor]],
+    error: Exception,
 ) -> LoadError:
-    """The error for whatever vLLM raised while it loaded the last of the tensors that it was given."""
+    """The error for whatever vLLM raised while it loaded the last of the tensors that it was given.
+
+    Args:
+        quant_format: what the engine was started with.
+        source: at a reload, the checkpoint whose tensors were expected; a caller may have sent others.
+        folder: the name of the folder.
+        last: the last tensor, if there was any.
+        error: what was raised.
+
+    """
     name, form = (last[0][0], f"{last[0][1].dtype} {list(last[0][1].shape)}") if last else ("the first tensor", None)
     module, _, suffix = name.rpartition(".")
     if last and last[0][1].numel() == 1 and suffix != "weight" and module in quant_format.modules:
@@ -42,6 +55,13 @@ def stopped(
             found=form,
             todo="leave this module float, or use a type that stores nothing for a whole weight",
         )
+    if source is not None and last and (sent := _not_of_the_files(source, *last[0])):
+        return LoadError(
+            f"vLLM could not load {name}: {_in_short(error)}",
+            where="the tensors that were sent",
+            found=f"{form}; {sent}",
+            todo="send the tensors of a checkpoint in the form of the engine's, under their names there",
+        )
     return LoadError(
         f"vLLM could not load {name}: {_in_short(error)}",
         where=folder,
@@ -49,6 +69,30 @@ def stopped(
         expected=_sizes_hint(quant_format),
         todo="check that config.json describes the model whose weights these are, and that no tensor was added to them",
     )
+
+
+def called_directly(quant_format: QuantFormat) -> LoadError:
+    """The error for a call of `load_weights` on a model that is being served, as trainers make it."""
+    return LoadError(
+        "load_weights was called on a model that is being served, whose layers hold their weights in a run-time form",
+        where=quant_format.folder.path,
+        expected="reload_weights, which brings them back into the form of the checkpoint first",
+        todo='call llm.collective_rpc("reload_weights", kwargs={"weights_iterator": ...}) once, with an iterator over '
+        "all tensors of the checkpoint; the engine holds what it held before",
+    )
+
+
+def _not_of_the_files(quant_format: QuantFormat, name: str, tensor: torch.Tensor) -> str | None:
+    """What tells that a tensor came from a caller and not from the checkpoint's files, if it did."""
+    files = quant_format.folder.tensors
+    if not files:
+        return None
+    stored = files.get(name)
+    if stored is None:
+        return f"{quant_format.folder.path} has no tensor of this name"
+    if (stored.shape, stored.dtype) == (tuple(tensor.shape), tensor.dtype):
+        return None
+    return f"{stored.file} holds {stored.dtype} {list(stored.shape)} under this name"
 
 
 def _sizes_hint(quant_format: QuantFormat) -> str | None:

@@ -20,11 +20,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from quant_core import LoadError, QuantFormat
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
+from vllm_ascend_quant.loading.contents import FLOAT_DTYPES
 from vllm_ascend_quant.methods.linear import full_sizes
 from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.served_model import ServedModel
-
-_FLOAT_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 #: What allocates memory and does not write to it.
 _UNWRITTEN = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
@@ -86,29 +85,6 @@ def check_rows(model: nn.Module, served: ServedModel, source: QuantFormat) -> No
         )
 
 
-def check_finite(name: str, tensor: torch.Tensor, source: QuantFormat) -> None:
-    """Refuse a float tensor with a value that is no number: the model would answer, and wrongly.
-
-    Raises:
-        LoadError: names the tensor and its file, and gives the first such value and where it is.
-
-    """
-    if tensor.dtype not in _FLOAT_DTYPES or not tensor.numel():
-        return
-    if math.isfinite(sum(map(float, tensor.aminmax()))):  # NaN wins both; no mask of the tensor's size is made
-        return
-    finite = tensor.isfinite()
-    position = (~finite).nonzero()[0].tolist()
-    file = source.folder.tensors[name].file if name in source.folder.tensors else source.folder.path
-    raise LoadError(
-        f"{name} holds values that are not finite: {int((~finite).sum())} of {tensor.numel()}",
-        where=file,
-        found=f"{float(tensor[tuple(position)])} at {position}",
-        expected="finite numbers",
-        todo="download the file again if it is damaged; otherwise quantise the model again",
-    )
-
-
 class MarkedMemory(TorchFunctionMode):
     """While a model is built, memory that is allocated and not written to holds NaN.
 
@@ -119,7 +95,7 @@ class MarkedMemory(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The tensor that is asked for, marked if nothing is in it yet."""
         made = func(*args, **(kwargs or {}))
-        if func in _UNWRITTEN and made.dtype in _FLOAT_DTYPES:
+        if func in _UNWRITTEN and made.dtype in FLOAT_DTYPES:
             with torch.no_grad():
                 made.fill_(math.nan)
         return made

@@ -2,6 +2,7 @@
 
 from quant_core import CheckpointFolder, LayerQuery, LoadError, QuantFormat
 from quant_core.errors import listing
+from vllm_ascend_quant.loading.contents import check_tails
 from vllm_ascend_quant.served_model import ServedModel
 
 
@@ -28,6 +29,7 @@ def check_source(served: ServedModel, started: str) -> QuantFormat | None:
             todo="give the folder of the weights to reload; the engine holds what it held before",
         )
     other = type(served.format).load(folder)
+    check_tails(folder)
     found = {path: other.layer_quant(LayerQuery(path, modules=q.modules)) for path, q in served.layers.items()}
     wrong = [
         f"{path} was {quant.quant_type or 'FLOAT'} and is {found[path].quant_type or 'FLOAT'}"

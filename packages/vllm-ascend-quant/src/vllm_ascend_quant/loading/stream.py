@@ -11,8 +11,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from quant_core import LimitError, QuantError, QuantFormat
 from vllm_ascend_quant import compat
-from vllm_ascend_quant.loading.explaining import stopped
-from vllm_ascend_quant.loading.floats import check_finite, check_rows
+from vllm_ascend_quant.loading.contents import check_finite, check_not_zero, never_zero
+from vllm_ascend_quant.loading.explaining import called_directly, stopped
+from vllm_ascend_quant.loading.floats import check_rows
 from vllm_ascend_quant.loading.source import check_source
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.methods.parameter import AscendParameter, dtype_of_the_model
@@ -32,6 +33,7 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
     """
     original: Any = model.load_weights
     started = served.model_config.model
+    weighty = never_zero(model, served)
     reference = weakref.ref(model)  # the function becomes an attribute of the model
 
     @functools.wraps(original)
@@ -39,22 +41,25 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
         last: list[tuple[str, torch.Tensor]] = []
         loaded_model = reference()
         assert loaded_model is not None, "its own method is running"
+        loading = served.loading
+        if loading.processed and not compat.is_reloading(loaded_model):
+            raise called_directly(served.format)
+        other = None
         try:
             other = check_source(served, started)
             if other is not None:
                 check_rows(loaded_model, served, other)
-            stream = _canonical(weights, loaded_model, served, other or served.format, last)
+            stream = _canonical(weights, loaded_model, served, other or served.format, weighty, last)
             with dtype_of_the_model(served.model_config.dtype):
                 reported = original(_after(lambda: check_late_heads(loaded_model), stream), *args, **kwargs)
         except Exception as error:
-            failed = served.model_config.model
+            failed, source = served.model_config.model, other or served.format
             give_up(loaded_model, served)
             if isinstance(error, (QuantError, MemoryError, torch.OutOfMemoryError)):
                 raise
-            raise stopped(served.format, failed, last, error) from error
+            raise stopped(served.format, source if loading.processed else None, failed, last, error) from error
         finally:
             handed_out.forget()
-        loading = served.loading
         loading.called = True
         loading.reported = None if reported is None else (loading.reported or set()) | set(reported)
         return reported
@@ -94,6 +99,7 @@ def _canonical(
     model: nn.Module,
     served: ServedModel,
     quant_format: QuantFormat,
+    weighty: frozenset[str],
     last: list[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The stream under canonical names, without what no layer needs; `last` holds what came last, as it came.
@@ -111,6 +117,8 @@ def _canonical(
                 canonical = beside_weight(model, canonical)
             else:
                 check_finite(name, tensor, quant_format)
+            if canonical in weighty:
+                check_not_zero(name, tensor, quant_format)
             handed_out.note(tensor)
             yield canonical, tensor
             question = handed_out.question(tensor)

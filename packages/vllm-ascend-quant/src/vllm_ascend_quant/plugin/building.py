@@ -34,6 +34,7 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
     from vllm_ascend_quant.loading.explaining import explained
     from vllm_ascend_quant.loading.floats import MarkedMemory
     from vllm_ascend_quant.loading.stream import watch_loading
+    from vllm_ascend_quant.methods.biases import add_linear_biases
     from vllm_ascend_quant.methods.linear import AscendLinearMethod
     from vllm_ascend_quant.methods.norms import add_norm_biases
     from vllm_ascend_quant.methods.parameter import dtype_of_the_model
@@ -57,8 +58,8 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
             if isinstance(layer.quant_method, AscendLinearMethod):
                 layer.quant_method.read_back = True
         refuse_what_is_read(model)
-        biased = add_norm_biases(model, served)
-    if remade or biased:
+        biased = [add_norm_biases(model, served), add_linear_biases(model, served)]
+    if remade or any(biased):
         compat.record_for_reload(model)
     watch_loading(model, served)
     return model

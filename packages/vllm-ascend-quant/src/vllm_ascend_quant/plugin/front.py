@@ -60,4 +60,5 @@ def download(original: Callable[..., Any], model_config: Any, load_config: Any) 
     config = original(taken, load_config)
     if isinstance(config, AscendQuantizationConfig):
         config.open_folder = functools.partial(loaders.open_folder, model_config, load_config)
+        config.values_are_read = loaders.values_are_read(load_config.load_format)
     return config

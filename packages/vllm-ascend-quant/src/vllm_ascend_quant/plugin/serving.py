@@ -20,6 +20,7 @@ def loaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwargs
         return original(model, *args, **kwargs)
     check_loaded(model, served)
     original(model, *args, **kwargs)
+    served.loading.processed = True
     return served.log_report()
 
 

@@ -20,7 +20,7 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
     restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
-(The name `precedence` switches off what precedence.py does.)
+(The names `precedence` and `zeros` switch off what precedence.py and loading/contents.py do.)
 
 Every process that runs vLLM installs them, so this imports nothing: neither the modules of vLLM, which are wrapped
 when somebody imports them, nor the wrappers, which are imported when one of them is called.
@@ -30,7 +30,6 @@ import functools
 import importlib
 import inspect
 import logging
-import os
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -38,10 +37,10 @@ from typing import Any, NamedTuple
 import wrapt
 
 from vllm_ascend_quant import compat
+from vllm_ascend_quant.switches import enabled
 
 logger = logging.getLogger("vllm.ascend_quant")
 
-DISABLE = "VLLM_ASCEND_QUANT_DISABLE"
 _MARK = "_vllm_ascend_quant_wrapper"
 
 
@@ -74,11 +73,6 @@ FOR_OURS = {
     "saved": Wrapped(compat.SAVE_STATE, "serving:saved"),
     "restored": Wrapped(compat.LOAD_STATE, "serving:restored"),
 }
-
-
-def enabled(name: str) -> bool:
-    """Whether the user has not switched off this change of vLLM."""
-    return name not in {part.strip() for part in os.environ.get(DISABLE, "").split(",")}
 
 
 def install(wrappers: Mapping[str, Wrapped]) -> None:
