@@ -104,4 +104,5 @@ def _activated(operator: str, x: Tensor, dim: int, activation: Activation, whole
         part = slice(start, min(stop, start + ROWS))
         result[part] = activation(rows[part].to(torch.float32))
     result[stop:] = 0
-    return result.view(before, after, cut // 2).transpose(1, 2).reshape(*x.shape[:dim], cut // 2, *x.shape[dim + 1 :])
+    halves = result.view(before, after, cut // 2).transpose(1, 2)
+    return halves.contiguous().view(*x.shape[:dim], cut // 2, *x.shape[dim + 1 :])
