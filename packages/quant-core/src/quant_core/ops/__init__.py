@@ -15,6 +15,7 @@ import torch
 
 from quant_core.ops import expert_shapes, grouped_shapes, shapes
 from quant_core.ops.cpu import (
+    activate_quant,
     activation,
     combine,
     float_matmul,
@@ -52,7 +53,7 @@ CPU_KERNELS: dict[str, Callable[..., Any]] = {
     "npu_moe_gating_top_k": gating.npu_moe_gating_top_k,
     "npu_swiglu": activation.npu_swiglu,
     "npu_clipped_swiglu": activation.npu_clipped_swiglu,
-    "npu_dequant_swiglu_quant": activation.npu_dequant_swiglu_quant,
+    "npu_dequant_swiglu_quant": activate_quant.npu_dequant_swiglu_quant,
     "npu_grouped_matmul": grouped.npu_grouped_matmul,
     "npu_grouped_matmul.List": grouped.npu_grouped_matmul,
     "npu_grouped_matmul_swiglu_quant": grouped_activation.npu_grouped_matmul_swiglu_quant,

@@ -36,6 +36,8 @@ _BY_NUMBER: dict[int, torch.dtype] = {
     FLOAT4_E2M1: torch.float4_e2m1fn_x2,
 }
 
+_NUMBERS = {dtype: number for number, dtype in _BY_NUMBER.items() if number < 256}
+
 
 def dtype_of(number: int | torch.dtype) -> torch.dtype:
     """The torch dtype behind an operator's argument.
@@ -53,4 +55,4 @@ def dtype_of(number: int | torch.dtype) -> torch.dtype:
 
 def number_of(dtype: torch.dtype) -> int:
     """The number of a dtype, torch's own."""
-    return next(number for number, known in _BY_NUMBER.items() if known == dtype)
+    return _NUMBERS[dtype]

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant_core.ops.cpu.activation import dequant_activate_quant, silu_of_left
+from quant_core.ops.cpu.activate_quant import Scales, activate_and_quantise
+from quant_core.ops.cpu.activation import silu_of_left
 from quant_core.ops.cpu.grouped import grouped_product
 from quant_core.ops.cpu.grouped_product import Experts, Operand
-from quant_core.ops.cpu.groups import CUMULATIVE, Group, end_of, groups_of
+from quant_core.ops.cpu.groups import CUMULATIVE, Group, groups_of
 from quant_core.ops.cpu.mx import npu_dynamic_mx_quant
 from quant_core.ops.dtypes import dtype_of, number_of
 
@@ -146,16 +147,15 @@ def _to_int8(
     per_channel = scale is not None and scale.numel() == scale.shape[-1] and x.dtype == weight[0].dtype
     if per_channel and assist is not None:
         raise NotImplementedError("npu_grouped_matmul_swiglu_quant: the CPU kernel has no bias of int8 weights")
-    sums = Experts(weight, torch.int32)
-    codes = torch.empty(len(x), weight_scale[0].shape[-1] // 2, dtype=torch.int8, device="cpu")
-    scales = torch.empty(len(x), dtype=torch.float32, device="cpu")
-    for expert, rows in groups:
-        tokens, columns = x_scale[rows], None
-        if per_channel:
-            values, columns = sums.product(expert, x[rows], None), scaled.of(weight_scale, expert)
-        else:
-            values, tokens = scaled.product(expert, x[rows], tokens), None
-        of_expert = None if smooth is None else smooth[expert]
-        dequant_activate_quant(values, columns, tokens, silu_of_left, of_expert, codes[rows], scales[rows])
-    codes[end_of(groups) :], scales[end_of(groups) :] = 0, 0
-    return codes, scales
+    product = Experts(weight, torch.int32).product if per_channel else scaled.product
+
+    def values(batch: Sequence[Group]) -> Tensor:
+        found = [product(expert, x[rows], None if per_channel else x_scale[rows]) for expert, rows in batch]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    scales = Scales(
+        lambda expert: scaled.of(weight_scale, expert) if per_channel else None,
+        x_scale if per_channel else None,
+        lambda expert: None if smooth is None else smooth[expert].reshape(-1),
+    )
+    return activate_and_quantise(groups, values, (len(x), weight_scale[0].shape[-1] // 2), silu_of_left, scales)

@@ -61,6 +61,17 @@ def _laid_out(counted: list[tuple[int, int]]) -> Iterator[Group]:
         start += count
 
 
+def batches_of(groups: Sequence[Group], most: int) -> Iterator[Sequence[Group]]:
+    """Groups in runs of at most so many rows, a larger one alone: few rows at a time cost more calls than work."""
+    first = 0
+    for index, group in enumerate(groups):
+        if index > first and group.rows.stop - groups[first].rows.start > most:
+            yield groups[first:index]
+            first = index
+    if groups:
+        yield groups[first:]
+
+
 def end_of(groups: Sequence[Group]) -> int:
     """Where the rows that belong to an expert end."""
     return int(groups[-1].rows.stop) if groups else 0
