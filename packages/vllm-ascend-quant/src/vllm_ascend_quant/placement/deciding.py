@@ -5,7 +5,7 @@ or differs from the module's path, and the mapping of fused modules may be compl
 loader will put a tensor (paths.py), so layers that were decided otherwise are made again.
 """
 
-from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from vllm.logger import init_logger
@@ -18,14 +18,21 @@ from quant_core import (
     LimitError,
     UnknownLayerError,
     raise_findings,
-    require_scheme_class,
 )
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.choice import method_for
+from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, layer_class
 from vllm_ascend_quant.methods.parameter import AscendParameter
+from vllm_ascend_quant.placement.experts import (
+    ExpertModules,
+    Numbered,
+    expert_modules,
+    is_expert_layer,
+    numbered_children,
+)
 from vllm_ascend_quant.placement.paths import without_prefix
 from vllm_ascend_quant.placement.probing import ask_loader
 from vllm_ascend_quant.served_model import ServedModel
@@ -50,8 +57,8 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
 
     """
     unknown: dict[str, LinearBase] = {}
-    experts: dict[str, str] = {}
     remade = False
+    numbered = numbered_children(served.paths.stored_at)
     for layer, places in _modules_with_paths(model):
         if isinstance(layer, LinearBase):
             path, quant = _decide(layer, places, served, config, prefix)
@@ -61,16 +68,14 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
             remade |= _apply_decision(path, layer, quant, served)
         elif isinstance(layer, VocabParallelEmbedding):
             remade |= _decide_vocabulary(layer, places, served)
-        elif isinstance(layer, compat.expert_layer_class()):
-            experts |= {compat.expert_prefix(layer, path): path for path in places}
-    for above, stored in served.paths.below(experts).items():
-        _refuse_quantised(served, experts[above], "moe", stored)
+        elif is_expert_layer(layer):
+            remade |= _decide_experts(layer, places, served, numbered)
     if unknown:
         remade |= _decide_left_over(model, unknown, served)
     _report(served)
     for layer, _ in _modules_with_paths(model):
         method = getattr(layer, "quant_method", None)
-        if isinstance(method, AscendLinearMethod):
+        if isinstance(method, (AscendFusedMoEMethod, AscendLinearMethod)):
             method.made_up = served.made_up
     return remade
 
@@ -84,20 +89,43 @@ def _report(served: ServedModel) -> None:
     raise_findings(findings)
 
 
-def _refuse_quantised(served: ServedModel, name: str, layer_type: str, modules: Iterable[str]) -> None:
-    """Refuse layers of a kind that no scheme serves yet, if the checkpoint quantises them.
+def _decide_experts(layer: Any, places: list[str], served: ServedModel, numbered: Numbered) -> bool:
+    """Whether the experts of a layer were made again. Those that the checkpoint does not know are float."""
+    for path in places:
+        found = expert_modules(layer, path, numbered, served.format)
+        if found is None:
+            continue
+        experts, quant = found
+        served.layers[path] = quant
+        method = layer.quant_method
+        if isinstance(method, AscendFusedMoEMethod):
+            method.name = path
+            if (method.experts, method.quant.quant_type) == (experts, quant.quant_type):
+                return False
+        elif quant.quant_type is None:
+            return False
+        _make_experts_again(layer, path, served, experts, quant)
+        return True
+    return False
 
-    Raises:
-        UnsupportedSchemeError: names type and layer.
 
-    """
-    for module in modules:
-        try:
-            quant = served.resolve(module, (module,))
-        except UnknownLayerError:
-            continue  # tensors that are no module's weight, and that the description leaves out
-        if quant.quant_type is not None:
-            require_scheme_class(quant.quant_type, layer_type, where=f"{name} ({quant.evidence[0]})")
+def _make_experts_again(layer: Any, path: str, served: ServedModel, experts: ExpertModules, quant: LayerQuant) -> None:
+    for name in list(layer._parameters):
+        delattr(layer, name)
+    config = layer.moe_config
+    method = compat.unquantised_experts(config)
+    if quant.quant_type is not None:
+        method = AscendFusedMoEMethod(layer, served.format, path, experts, quant)
+    compat.replace_expert_method(layer, method)
+    method.create_weights(
+        layer,
+        num_experts=config.num_local_experts,
+        hidden_size=layer.hidden_size,
+        intermediate_size_per_partition=config.intermediate_size_per_partition,
+        params_dtype=layer.params_dtype,
+        weight_loader=layer.weight_loader,
+        global_num_experts=config.num_experts,
+    )
 
 
 def _modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
