@@ -42,7 +42,7 @@ def check_shared(context: LinearContext, name: str, copies: torch.Tensor) -> Non
 def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[ParamLayout], prefix: str = "") -> None:
     """Give `layer` the tensors that its scheme expects: one of each shared parameter, zeros for what the files lack.
 
-    Zeros are no parameters: an engine's reload would wait for weights of them. `prefix` stands before the names on `layer`.
+    Zeros are no parameters: an engine's reload would wait for weights of them. `prefix` stands before names on `layer`.
     """
     device = next((param.device for param in layer.parameters()), None)
     for layout in stored:

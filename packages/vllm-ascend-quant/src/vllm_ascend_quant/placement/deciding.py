@@ -14,8 +14,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from quant_core import (
     LayerQuant,
+    LayerQuery,
     LayerResolutionError,
     LimitError,
+    StoredForm,
     UnknownLayerError,
     raise_findings,
 )
@@ -28,13 +30,13 @@ from vllm_ascend_quant.methods.linear import AscendLinearMethod, layer_class
 from vllm_ascend_quant.methods.parameter import AscendParameter
 from vllm_ascend_quant.placement.experts import (
     ExpertModules,
-    Numbered,
     expert_modules,
     is_expert_layer,
     numbered_children,
+    told_modules,
 )
 from vllm_ascend_quant.placement.paths import without_prefix
-from vllm_ascend_quant.placement.probing import ask_loader
+from vllm_ascend_quant.placement.probing import ask_loader, ask_loader_for_experts
 from vllm_ascend_quant.served_model import ServedModel
 
 logger = init_logger("vllm.ascend_quant")
@@ -57,6 +59,7 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
 
     """
     unknown: dict[str, LinearBase] = {}
+    unknown_experts: dict[str, nn.Module] = {}
     remade = False
     numbered = numbered_children(served.paths.stored_at)
     for layer, places in _modules_with_paths(model):
@@ -69,9 +72,15 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
         elif isinstance(layer, VocabParallelEmbedding):
             remade |= _decide_vocabulary(layer, places, served)
         elif is_expert_layer(layer):
-            remade |= _decide_experts(layer, places, served, numbered)
-    if unknown:
-        remade |= _decide_left_over(model, unknown, served)
+            found = next(filter(None, (expert_modules(layer, p, numbered, served.format) for p in places)), None)
+            if found is None:
+                unknown_experts[places[0]] = layer
+            else:
+                remade |= _apply_to_experts(places[0], layer, *found, served)
+    if unknown or unknown_experts:
+        left = _left_over(served)
+        remade |= _decide_experts_left_over(model, unknown_experts, served, left)
+        remade |= _decide_left_over(model, unknown, served, left) if unknown else False
     _report(served)
     for layer, _ in _modules_with_paths(model):
         method = getattr(layer, "quant_method", None)
@@ -89,24 +98,18 @@ def _report(served: ServedModel) -> None:
     raise_findings(findings)
 
 
-def _decide_experts(layer: Any, places: list[str], served: ServedModel, numbered: Numbered) -> bool:
-    """Whether the experts of a layer were made again. Those that the checkpoint does not know are float."""
-    for path in places:
-        found = expert_modules(layer, path, numbered, served.format)
-        if found is None:
-            continue
-        experts, quant = found
-        served.layers[path] = quant
-        method = layer.quant_method
-        if isinstance(method, AscendFusedMoEMethod):
-            method.name = path
-            if (method.experts, method.quant.quant_type) == (experts, quant.quant_type):
-                return False
-        elif quant.quant_type is None:
+def _apply_to_experts(path: str, layer: Any, experts: ExpertModules, quant: LayerQuant, served: ServedModel) -> bool:
+    """Take note of a decision about experts; whether the layer had to be made again for it."""
+    served.layers[path] = quant
+    method = layer.quant_method
+    if isinstance(method, AscendFusedMoEMethod):
+        method.name = path
+        if (method.experts, method.quant.quant_type) == (experts, quant.quant_type):
             return False
-        _make_experts_again(layer, path, served, experts, quant)
-        return True
-    return False
+    elif quant.quant_type is None:
+        return False
+    _make_experts_again(layer, path, served, experts, quant)
+    return True
 
 
 def _make_experts_again(layer: Any, path: str, served: ServedModel, experts: ExpertModules, quant: LayerQuant) -> None:
@@ -236,14 +239,49 @@ def _apply_decision(
     return True
 
 
-def _decide_left_over(model: nn.Module, unknown: dict[str, LinearBase], served: ServedModel) -> bool:
-    """Layers without weights are the model's affair, unless its loader puts quantised weights there, or fails to."""
+def _left_over(served: ServedModel) -> list[StoredForm]:
+    """The quantised modules that belong to no layer."""
     claimed = {module for quant in served.layers.values() for module in quant.modules}
-    left = [
+    return [
         form
         for module, form in served.modules.items()
         if module not in claimed and form.has("weight") and served.resolve(module, (module,)).quant_type is not None
     ]
+
+
+def _decide_experts_left_over(
+    model: nn.Module, unknown: dict[str, nn.Module], served: ServedModel, left: list[StoredForm]
+) -> bool:
+    """Experts under names that nothing explains, as those of a layer for multi-token prediction: the loader tells.
+
+    Raises:
+        LayerResolutionError: if the loader puts quantised weights into some experts of a layer only.
+
+    """
+    remade = False
+    asked = ask_loader_for_experts(model, unknown, left) if unknown and left else {}
+    for path, told in asked.items():
+        layer: Any = unknown[path]
+        experts = told_modules(told, layer.moe_config.num_logical_experts)
+        if experts is None:
+            raise LayerResolutionError(
+                f"{path}: the checkpoint has only some of these experts, and they are quantised",
+                found=listing(told.values()),
+                expected=f"the projections of {layer.moe_config.num_logical_experts} experts",
+                where=str(served.format.folder.path),
+                todo="check that config.json describes the model that was quantised, and that no file is missing",
+            )
+        quant = served.format.experts_quant(LayerQuery(path, "moe", experts=experts))
+        remade |= _apply_to_experts(path, layer, experts, quant, served)
+        claimed = set(told.values())
+        left[:] = [form for form in left if form.module not in claimed]
+    return remade
+
+
+def _decide_left_over(
+    model: nn.Module, unknown: dict[str, LinearBase], served: ServedModel, left: list[StoredForm]
+) -> bool:
+    """Layers without weights are the model's affair, unless its loader puts quantised weights there, or fails to."""
     answer = ask_loader(model, unknown, left)
     remade = False
     for path, modules in answer.stored_at.items():

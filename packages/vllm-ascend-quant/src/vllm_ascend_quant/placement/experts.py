@@ -69,6 +69,23 @@ def expert_modules(
     return modules, quant_format.experts_quant(LayerQuery(name, "moe", experts=modules))
 
 
+def told_modules(told: Mapping[tuple[int, str], str], count: int) -> ExpertModules | None:
+    """The modules of a layer of so many experts, by what its loader did with them; None if it took only some.
+
+    Args:
+        told: checkpoint module by expert and vLLM's shard: `w1` and `w3` are gate and up, `w2` is down.
+        count: how many experts the layer has.
+
+    """
+    gate_up = ("w1", "w3") if any(shard == "w3" for _, shard in told) else ("w1",)
+    if told.keys() != {(expert, shard) for expert in range(count) for shard in (*gate_up, "w2")}:
+        return None
+    return {
+        half: tuple(tuple(dict.fromkeys(told[expert, shard] for shard in shards)) for expert in range(count))
+        for half, shards in ((GATE_UP, gate_up), (DOWN, ("w2",)))
+    }
+
+
 def _names(layer: Any, there: set[str]) -> tuple[str, ...] | None:
     """What the checkpoint calls the projections of an expert: gate and up, or what both are fused in, and down."""
     for names in (compat.expert_names(layer), *_NAMES):
