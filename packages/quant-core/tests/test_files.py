@@ -14,10 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 from quant_core import CheckpointError
-from quant_core.files import read_header, read_json
+from quant_core.files import JsonTotal, read_header
+from quant_core.files import read_json as read_counted
 
 HTML = b"<!DOCTYPE html>\n<html><title>404</title></html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+
+
+def read_json(path: Path, name: str) -> Any:
+    """A file by itself."""
+    return read_counted(path, name, JsonTotal())
 
 
 def raw(header: bytes, body: bytes = b"") -> bytes:
@@ -162,7 +168,7 @@ def test_a_json_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as opened:
         opened.truncate(2**40)  # takes no space
     started = time.monotonic()
-    assert "larger than 268435456 bytes" in refusal(read_json, path)
+    assert "at most 268435456 bytes" in refusal(read_json, path)
     assert time.monotonic() - started < 5
 
 

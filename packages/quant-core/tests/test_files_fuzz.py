@@ -1,4 +1,4 @@
-"""Random files: read, or refused by a CheckpointError that names them. More of it: --hypothesis-profile=fuzz."""
+"""Random files: read, or refused by a CheckpointError that names them. More of it: `nox -s fuzz`."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quant_core import CheckpointError, CheckpointFolder
-from quant_core.files import read_header, read_json
+from quant_core.files import JsonTotal, read_header, read_json
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_random_json(scratch: Path, value: object, cut: int) -> None:
     path = scratch / "random.json"
     text = value if isinstance(value, bytes) else json.dumps(value).encode()
     path.write_bytes(text[: len(text) if cut > 100 else cut])
-    got = attempt(lambda: read_json(path, path.name), path.name)
+    got = attempt(lambda: read_json(path, path.name, JsonTotal()), path.name)
     if cut > 100 and not isinstance(value, bytes):
         assert json.dumps(got) == json.dumps(value)
 

@@ -88,3 +88,20 @@ def test_a_table_may_have_several_modules_for_a_name() -> None:
     names = ModuleNames({"a.qkv": ("a.q", "a.k", "a.k"), "a.up": ("a.up_1", "a.up_2")})
     assert names.find("a.qkv") == ("a.q", "a.k", "a.k")
     assert names.find("a.gate_up", {"gate_up": ["up"]}) == ("a.up_1", "a.up_2")
+
+
+@pytest.mark.parametrize(
+    ("stored", "absent"),
+    [
+        (("x.gate",), ("x.up",)),
+        (("x.up",), ("x.gate",)),
+        (("x.gate", "x.up"), ()),
+        (("x.gate_up",), ()),  # fused on disk
+        (("x.other",), ()),
+        (("x.gate", "x.gate"), ()),  # loaded into both
+    ],
+)
+def test_absent_members_of_a_table_s_module(stored: tuple[str, ...], absent: tuple[str, ...]) -> None:
+    """By the checkpoint's names, whatever the engine's parent is."""
+    names = ModuleNames({"m.gate_up": stored})
+    assert names.members("m.gate_up", {"gate_up": ["gate", "up"]}) == (stored, absent)

@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_modelslim.writer import quantize_tensors
+
+# The same examples in every run; `nox -s fuzz` (--hypothesis-profile=fuzz) draws thousands of others. No deadline: the
+# first example of a test pays for imports.
+unimportant = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "quick", deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=unimportant
+)
+settings.register_profile("fuzz", deadline=None, max_examples=5000, suppress_health_check=unimportant)
+settings.load_profile("quick")
 
 HIDDEN, WIDE, HEADS, VOCABULARY = 32, 64, 16, 48
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError
@@ -403,14 +403,6 @@ DAMAGE: list[Damage] = [
     add_tensor,
 ]
 
-PROFILE = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
 
 def test_the_sound_folder_is_served(tmp_path: Path, small: Any) -> None:
     """Otherwise the other tests would prove nothing."""
@@ -420,7 +412,6 @@ def test_the_sound_folder_is_served(tmp_path: Path, small: Any) -> None:
     assert judge(folder) == "served"
 
 
-@PROFILE
 @given(data=st.data())
 def test_damaged_content(data: st.DataObject, tmp_path: Path, new_content: Callable[[], Any]) -> None:
     """One to three changes of names, types, dtypes, shapes and values."""
@@ -430,7 +421,6 @@ def test_damaged_content(data: st.DataObject, tmp_path: Path, new_content: Calla
     event(judge(content.write(tmp_path)))
 
 
-@PROFILE
 @given(data=st.data())
 def test_damaged_bytes(data: st.DataObject, tmp_path: Path, new_content: Callable[[], Any]) -> None:
     """A byte changed or the end cut off, in the description or in the header of the weights."""
@@ -450,6 +440,7 @@ def test_damaged_bytes(data: st.DataObject, tmp_path: Path, new_content: Callabl
 @pytest.mark.parametrize("damage", ["key", "tensor", "both", "shape", "dtype"])
 def test_every_tensor(tmp_path: Path, new_content: Callable[[], Any], damage: str) -> None:
     """Each tensor and key absent, cut, or converted once: the cases that chance may leave out."""
+    refused = 0
     for name in sorted(new_content().tensors):
         content = new_content()
         if damage in {"key", "both"}:
@@ -464,6 +455,8 @@ def test_every_tensor(tmp_path: Path, new_content: Callable[[], Any], damage: st
         quantised = content.description.get(name.rpartition(".")[0] + ".weight", "FLOAT") != "FLOAT"
         if damage in {"tensor", "shape", "dtype"} and quantised and not name.endswith(".bias"):
             assert verdict != "served", name
+            refused += 1
+    assert refused > 10 or damage in {"key", "both"}
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, -1])

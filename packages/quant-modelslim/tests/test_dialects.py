@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from quant_core import CheckpointError, CheckpointFolder, LayerQuery
+from quant_core import CheckpointError, CheckpointFolder, LayerQuery, UnsupportedSchemeError
 from quant_modelslim import ModelSlimFormat
 
 GLOBAL = ("version", "model_quant_type", "group_size", "metadata", "optional")
@@ -143,7 +143,9 @@ def test_attention_types_are_no_tensors(tmp_path: Path, small: Any) -> None:
     """`<attn>.quant_type` has no tensor: it is refused as long as no attention scheme exists, for no other reason."""
     small.description["model.layers.0.self_attn.quant_type"] = "INT8"
     small.description["fa_quant_type"] = "FAKQuant"
-    with pytest.raises(Exception, match=r"'INT8' on attention layers(?s:.)*model\.layers\.0\.self_attn\.quant_type"):
+    with pytest.raises(
+        UnsupportedSchemeError, match=r"'INT8' on attention layers(?s:.)*model\.layers\.0\.self_attn\.quant_type"
+    ):
         ModelSlimFormat.load(CheckpointFolder(small.write(tmp_path)))
 
 

@@ -47,6 +47,25 @@ def test_announced_and_detected(tmp_path: Path, small: Any) -> None:
     assert detect_formats(folder) == []
 
 
+@pytest.mark.parametrize(
+    ("keys", "sign"),
+    [
+        ({}, None),
+        ({"metadata": {}, "optional": {}, "is_rot_used": False}, None),
+        (
+            {"optional": {"quarot": {"rotation_map": {"global_rotation": "optional/quarot.safetensors"}}}},
+            "optional.quarot",
+        ),
+        ({"metadata": {"quarot": {"max_tp_size": 1, "heads_rotation": {"layers": []}}}}, "metadata.quarot"),
+        ({"is_rot_used": True}, "is_rot_used"),
+    ],
+)
+def test_a_rotation_that_is_folded_into_the_weights(keys: dict[str, Any], sign: str | None, tmp_path: Path) -> None:
+    description = Description.parse({"model.layers.0.mlp.up_proj.weight": "FLOAT", **keys}, "description.json")
+    found = ModelSlimFormat(CheckpointFolder(tmp_path), description).rotation
+    assert found == (None if sign is None else f"description.json has {sign}")
+
+
 def test_works_without_an_engine(tmp_path: Path, small: Any) -> None:
     """The whole way from the folder to a scheme imports neither vLLM nor torch_npu nor transformers."""
     small.write(tmp_path)
@@ -89,7 +108,7 @@ def test_schemes_for_fused_and_single_layers(
         return
     assert type(scheme) is get_scheme_class(quant_type, "linear")
     assert [shard.output_size for shard in scheme.context.shards] == sizes
-    assert all(form.has("weight") for form in scheme.context.stored)
+    assert [form.has("weight") for form in scheme.context.stored] == [True] * len(sizes)
 
 
 def test_the_engine_may_name_the_modules(tmp_path: Path, small: Any) -> None:

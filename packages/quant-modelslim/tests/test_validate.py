@@ -138,7 +138,8 @@ def test_a_bias_of_integers(tmp_path: Path, small: Any) -> None:
 def test_groups_that_do_not_divide_the_input(tmp_path: Path, small: Any) -> None:
     for suffix in ("weight_scale", "weight_offset"):
         small.tensors[f"{OUT}.{suffix}"] = small.tensors[f"{OUT}.{suffix}"].repeat(1, 3)
-    refused(small, tmp_path, UnsupportedSchemeError, OUT, "W8A8_DYNAMIC", "cannot be cut into 3 equal groups")
+    said = f"{OUT}.weight_scale in {WEIGHTS} is [32, 3], expected [32, a divisor of 32]"
+    refused(small, tmp_path, UnsupportedSchemeError, OUT, "W8A8_DYNAMIC", "cannot be cut into 3 equal groups", said)
 
 
 def test_groups_that_do_not_fit(tmp_path: Path, small: Any) -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 #: Components of module names under which everything stays float, as quantisers leave it: towers, projectors, routers.
-LEFT_FLOAT = {
+LEFT_FLOAT = frozenset({
     "vision_tower", "vision_model", "visual", "vision_embed_tokens", "vision_encoder", "vision", "vit_model", "vpm",
     "audio_tower", "audio_model", "audio", "audio_encoder", "embed_vision", "embed_audio", "multi_modal_projector",
     "mm_projector", "connector", "merger", "aligner", "patch_conv", "projector", "encoder_projector", "vqmodel",
     "lm_head", "embed_out", "experts", "gate", "router", "shared_expert_gate", "token2wav", "talker",
     "model_patch_embed",
-}  # fmt: skip
+})  # fmt: skip
 
 #: Sizes for every config attribute that exists under one of these names.
 SIZES: dict[str, Any] = {
@@ -52,7 +52,7 @@ class Architecture:
         engine: arguments for the engine.
         rename: for a twin that lays the same tensors out otherwise: what it has for a tensor that transformers saves.
         published: what the twin's config.json says instead.
-        float_layers: further components of names under which layers stay float.
+        left_float: components of names under which layers stay float.
     """
 
     model_type: str
@@ -61,7 +61,7 @@ class Architecture:
     engine: dict[str, Any] = field(default_factory=dict)
     rename: Rename | None = None
     published: dict[str, Any] = field(default_factory=dict)
-    float_layers: frozenset[str] = frozenset()
+    left_float: frozenset[str] = LEFT_FLOAT
 
 
 def small_config(config_class: Any, overrides: dict[str, Any]) -> Any:
@@ -152,7 +152,7 @@ def make(architecture: Architecture, folder: Path) -> Tiny:
     tensors: dict[str, Tensor] = {}
     for file in sorted((folder / "float").glob("*.safetensors")):
         tensors |= load_file(file)
-    linears = text_linears(model, tensors, architecture.float_layers)
+    linears = chosen_linears(model, tensors, architecture.left_float)
     quantised = {id(tensors[f"{module}.weight"]) for module in linears}
     if architecture.rename is not None:
         tensors, quantised = renamed(tensors, quantised, architecture.rename)
@@ -190,11 +190,11 @@ def merged(content: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return content | {k: merged(content.get(k, {}), v) if isinstance(v, dict) else v for k, v in more.items()}
 
 
-def text_linears(model: nn.Module, tensors: dict[str, Tensor], also_float: frozenset[str]) -> dict[str, str]:
-    """Disk module to path of the language model's linear layers, found by their values: names may differ on disk."""
+def chosen_linears(model: nn.Module, tensors: dict[str, Tensor], left_float: frozenset[str]) -> dict[str, str]:
+    """Disk module to path of the linear layers to be quantised, found by their values: names may differ on disk."""
     by_value: dict[Any, str] = {}
     for path, module in model.named_modules():
-        left = set(path.split(".")) & (LEFT_FLOAT | also_float)
+        left = left_float.intersection(path.split("."))
         if isinstance(module, nn.Linear) and not left and module.out_features >= 32:
             by_value[_value(module.weight)] = path
     return {

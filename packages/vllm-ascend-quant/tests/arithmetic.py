@@ -137,6 +137,7 @@ def weights_of(model: nn.Module, *, with_bias: bool = False) -> dict[str, Tensor
             dtype = getattr(layer, "params_dtype", torch.float32)
             bias = getattr(layer, "bias", None) if with_bias else None
             weights[path] = layer.quant_method.apply(layer, torch.eye(size, dtype=dtype), bias).t().float()
+    assert weights, "the model has no linear layer to look at"
     return weights
 
 

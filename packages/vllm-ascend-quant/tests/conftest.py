@@ -86,6 +86,16 @@ def loaded(folder: Path | str, **options: Any) -> Iterator[Any]:
             destroy_distributed_environment()
 
 
+def reload_streamed(model: Any, tensors: dict[str, Any]) -> None:
+    """What a worker's `reload_weights(weights_iterator=...)` does with a loaded model."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    model.load_weights(iter(tensors.items()))
+    finalize_layerwise_reload(model, get_current_vllm_config().model_config)
+
+
 def answers(llm: Any, prompts: list[list[int]], tokens: int = 16) -> list[dict[str, Any]]:
     """Prompt and greedy log-probabilities in the form that compare.py reads."""
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling(tokens), use_tqdm=False)
@@ -181,3 +191,9 @@ def configure() -> Callable[..., Any]:
 def load_model() -> Callable[..., Any]:
     """`with load_model(folder) as model:`; see `loaded`."""
     return loaded
+
+
+@pytest.fixture(scope="session")
+def reload_model() -> Callable[..., None]:
+    """`with load_model(folder) as model: reload_model(model, tensors)`; see `reload_streamed`."""
+    return reload_streamed

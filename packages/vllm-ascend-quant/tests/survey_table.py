@@ -143,7 +143,11 @@ MULTIMODAL: dict[str, Architecture] = {
         ),
         {"text_config": {"attention_bias": True, "head_dim": 32}},
     ),
-    "glm_ocr": vision_language("glm_ocr", "GlmOcr", text_config={"rope_parameters": ROPE_32}),
+    "glm_ocr": vision_language(
+        "glm_ocr",
+        "GlmOcr",
+        text_config={"rope_parameters": {**ROPE_32, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}},
+    ),
     "idefics3": vision_language("idefics3", "Idefics3"),
     "smolvlm": vision_language("smolvlm", "SmolVLM"),
     "internvl": vision_language("internvl", "InternVL"),

@@ -23,6 +23,7 @@ KEYS = {
     "W8A8_DYNAMIC": "msmodelslim/qwen2/W8A8_DYNAMIC",
     "W8A16": "msmodelslim/qwen3/W8A16_GROUP64",
     "W4A4_FLATQUANT_DYNAMIC": "msmodelslim/qwen3/W4A4_FLATQUANT_DYNAMIC",
+    "norms with a bias": "msmodelslim/qwen3/V0_W8A8_M4",
 }
 
 
@@ -34,9 +35,9 @@ def start_compiled(
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # vLLM sets it, and would for all tests
 
-    def start(folder: Path) -> Any:
+    def start(folder: Path, **options: Any) -> Any:
         envs.disable_envs_cache()  # the last engine of this process froze the variables
-        return start_engine(folder, enforce_eager=False)
+        return start_engine(folder, enforce_eager=False, **options)
 
     yield start
     envs.disable_envs_cache()
@@ -50,7 +51,7 @@ def weights_of(folder: Path) -> Path:
 
 def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Other codes, scales, zero points' corrections and norms, of the same form."""
-    factors = {"input_scale": 1.5, "deq_scale": 0.75, "weight_scale": 0.5, "norm.weight": 1.125}
+    factors = {"input_scale": 1.5, "deq_scale": 0.75, "weight_scale": 0.5, "norm.weight": 1.125, "norm.bias": 1.5}
     result = {}
     for name, tensor in tensors.items():
         factor = next((factor for ending, factor in factors.items() if name.endswith(ending)), None)
@@ -115,3 +116,30 @@ def test_a_reload_that_compiled_code_cannot_take(
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(first)})
         assert ask(llm, reference.prompts[:3]) == found
+
+
+@pytest.mark.parametrize("quant_type", ["W8A8", "W4A4_FLATQUANT_DYNAMIC"])
+def test_real_weights_after_made_up_ones(
+    quant_type: str,
+    tmp_path: Path,
+    start_compiled: Callable[..., Any],
+    ask: Callable[..., Any],
+    reference: Any,
+) -> None:
+    """Compiled with made-up values: the code must not hold what they say of scales that members share, or do not."""
+    first = DATA / "checkpoints" / KEYS[quant_type]
+    other = shutil.copytree(first, tmp_path / "other", copy_function=shutil.copyfile)
+    own = {"k_proj.input_scale": 1.5, "v_proj.input_scale": 0.5, "k_proj.clip_ratio": 0.75, "up_proj.clip_ratio": 0.5}
+    tensors = load_file(weights_of(first))
+    put_weights(other, {n: t * own.get(".".join(n.split(".")[-2:]), 1) for n, t in tensors.items()})
+    fresh = {}
+    for folder in (first, other):
+        with start_compiled(folder) as llm:
+            fresh[folder] = ask(llm, reference.prompts)
+    assert generated(fresh[first]) != generated(fresh[other])
+    with start_compiled(first, load_format="dummy") as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        for folder in (other, first, other):
+            stream = iter(load_file(weights_of(folder)).items())
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+            assert ask(llm, reference.prompts) == fresh[folder]

@@ -6,6 +6,7 @@ EAGLE, EAGLE-3 and MTP, all of which vLLM's CPU build runs. Greedy answers are t
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from arithmetic import weights_of, wrong_weights
-from draft_models import eagle, eagle3, mtp, quantised
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quant_core import CheckpointError, QuantError
+from quant_core import CheckpointError, LimitError, QuantError
 from vllm_ascend_quant import AscendLinearMethod
 from vllm_ascend_quant.served_model import served_model
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
+from arithmetic import weights_of, wrong_weights
+from draft_models import eagle, eagle3, mtp, quantised
 
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or Path(__file__).parents[3] / "testdata")
 CHECKPOINTS = DATA / "checkpoints" / "msmodelslim" / "qwen3"
@@ -160,6 +163,46 @@ def accepted(llm: Any) -> float:
     return values["vllm:spec_decode_num_accepted_tokens"] / proposed
 
 
+def rotate(folder: Path) -> None:
+    """Let a checkpoint's description say that the tool rotated the weights, as it does."""
+    description = folder / "quant_model_description.json"
+    content = json.loads(description.read_text())
+    content["optional"] = {"quarot": {"rotation_map": {"global_rotation": "optional/quarot.safetensors"}}}
+    description.write_text(json.dumps(content))
+    (folder / "optional").mkdir()
+    save_file({"global_rotation": torch.eye(128)}, folder / "optional" / "quarot.safetensors")
+
+
+@pytest.mark.parametrize("method", MAKERS)
+def test_a_draft_for_hidden_states_that_are_rotated(
+    method: str, tmp_path: Path, configure: Callable[..., Any], checkpoint: Callable[[str], Path]
+) -> None:
+    """It knows the float model's: refused by the name of the rotation, unless it is said to know these."""
+    target = checkpoint("msmodelslim/qwen3/W8A8")
+    settings = {"method": method, "model": str(MAKERS[method](tmp_path / "draft", FLOAT)), "num_speculative_tokens": 2}
+    configure(target, speculative_config=settings)
+    rotate(target)
+    with pytest.raises(LimitError, match=r"hidden states .* rotated\n(.|\n)*optional\.quarot"):
+        configure(target, speculative_config=settings)
+    options = {"ascend_quant": {"rotated_draft": True}}
+    assert configure(target, speculative_config=settings, additional_config=options).speculative_config is not None
+
+
+def test_drafts_that_a_rotation_does_not_concern(
+    tmp_path: Path, configure: Callable[..., Any], checkpoint: Callable[[str], Path]
+) -> None:
+    """A model of its own, layers that were rotated with their target, and what needs no model."""
+    target = checkpoint("msmodelslim/qwen3/W8A8")
+    rotate(target)
+    draft_model = {"method": "draft_model", "model": str(FLOAT), "num_speculative_tokens": 2}
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    for settings in (draft_model, ngram):
+        assert configure(target, speculative_config=settings).speculative_config is not None
+    own = drafted("mtp", tmp_path, True, True)
+    rotate(own.target)
+    assert configure(own.target, speculative_config=own.speculative).speculative_config is not None
+
+
 def test_a_draft_is_recognised_and_checked_in_the_front_process(
     configure: Callable[..., Any], checkpoint: Callable[[str], Path]
 ) -> None:
@@ -170,7 +213,7 @@ def test_a_draft_is_recognised_and_checked_in_the_front_process(
     assert found.quant_config is None
     assert found.speculative_config.draft_model_config.quantization == "ascend"
 
-    with pytest.raises(CheckpointError, match="the speculative config asks for the method 'awq'"):
+    with pytest.raises(CheckpointError, match='"quantization": "awq" in the speculative config'):
         configure(FLOAT, speculative_config={**settings, "quantization": "awq"})
 
     description = folder / "quant_model_description.json"

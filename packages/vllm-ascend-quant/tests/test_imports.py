@@ -55,3 +55,18 @@ def test_the_module_map_is_true() -> None:
     graph = {module: uses for module, uses in imported().items() if module not in ("", "__about__")}
     upwards = [f"{module} -> {used}" for module, uses in graph.items() for used in uses if place(used) < place(module)]
     assert upwards == []
+
+
+def asks_for_a_version(node: ast.AST) -> bool:
+    """Whether it imports what versions are compared with, or reads one."""
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] == "packaging"
+    if isinstance(node, ast.Import):
+        return any(alias.name.split(".")[0] == "packaging" for alias in node.names)
+    return isinstance(node, ast.Attribute) and node.attr in {"__version__", "__version_tuple__"}
+
+
+def test_one_module_asks_for_versions() -> None:
+    """By its code, whatever comments and messages say."""
+    trees = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in SOURCE.rglob("*.py")}
+    assert [name for name, tree in trees.items() if any(map(asks_for_a_version, ast.walk(tree)))] == ["compat.py"]

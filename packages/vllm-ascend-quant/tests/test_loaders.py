@@ -96,59 +96,6 @@ def test_float_models_are_let_alone(configure: Callable[..., Any]) -> None:
     assert config.quant_config is None
 
 
-# --- made-up weights --------------------------------------------------------------------------------------------------
-
-
-def without_weights(folder: Path) -> Path:
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    return folder
-
-
-@pytest.mark.parametrize("key", [W8A8, DYNAMIC])
-def test_made_up_weights_without_any_file(
-    key: str,
-    checkpoint: Callable[[str], Path],
-    start_engine: Callable[..., Any],
-    ask: Callable[..., Any],
-    reference: Any,
-) -> None:
-    """The description alone tells the model; it can be run, and takes real weights."""
-    prompts = reference.prompts[:3]
-    with start_engine(DATA / "checkpoints" / key) as llm:
-        fresh = ask(llm, prompts)
-    tensors = load_file(DATA / "checkpoints" / key / WEIGHTS)
-    with start_engine(without_weights(checkpoint(key)), load_format="dummy") as llm:
-        assert ask(llm, prompts) != fresh
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
-        assert ask(llm, prompts) == fresh
-
-
-def test_a_description_that_does_not_tell_enough(
-    checkpoint: Callable[[str], Path], configure: Callable[..., Any]
-) -> None:
-    folder = without_weights(checkpoint(GROUPS))
-    with pytest.raises(CheckpointError, match="does not tell which scales are stored") as raised:
-        configure(folder, load_format="dummy")
-    assert "group_size 64" in str(raised.value)
-    with pytest.raises(CheckpointError, match=r"the folder has no \*\.safetensors file"):
-        configure(folder)
-
-
-def test_made_up_weights_cannot_be_reloaded_with_other_sharing(
-    checkpoint: Callable[[str], Path], start_engine: Callable[..., Any]
-) -> None:
-    """Made-up input scales are equal; members with scales of their own would need other code."""
-    folder = checkpoint(W8A8)
-    tensors = load_file(folder / WEIGHTS)
-    tensors["model.layers.1.self_attn.k_proj.input_scale"] *= 1.5
-    with (
-        start_engine(folder, load_format="dummy") as llm,
-        pytest.raises(LimitError, match=r"qkv_proj: the reloaded weights share.*\n.*\n.*\n.*start the engine anew"),
-    ):
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
-
-
 # --- saved states -----------------------------------------------------------------------------------------------------
 
 

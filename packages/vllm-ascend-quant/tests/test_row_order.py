@@ -24,6 +24,7 @@ LOADERS = {
     "llama4_text": "permutes the rows of q and k, going by the names of tensors",
     "bloom": "regroups the heads of a fused query_key_value",
     "falcon": "regroups the heads of a fused query_key_value",
+    "zamba2": "renames the `0.weight` of adapters, and nothing else that is stored beside it",
 }
 
 

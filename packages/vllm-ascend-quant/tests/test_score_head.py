@@ -101,8 +101,10 @@ def test_one_score(
     expected = TYPES[quant_type](x, stored).flatten()
     # A hidden state on the border between two codes may go either way: one code, times the largest weight.
     step = max(x.abs().max().item() / 127, 0.03) * model.score.weight.abs().max().item()
+    candidates = [c for c in int8_gemm.CANDIDATES if int8_gemm.refusal(c) is None]
+    assert candidates
     with start_engine(tmp_path / "quant", runner="pooling") as llm:
-        for candidate in [c for c in int8_gemm.CANDIDATES if int8_gemm.refusal(c) is None]:
+        for candidate in candidates:
             monkeypatch.setattr(int8_gemm, "choose", lambda rows, candidate=candidate: candidate)
             given = [{"prompt_token_ids": ids} for ids in PROMPTS]
             answers = llm.encode(given, PoolingParams(use_activation=False), pooling_task="classify", use_tqdm=False)

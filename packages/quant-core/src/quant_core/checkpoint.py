@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from quant_core.errors import CheckpointError, listing
-from quant_core.files import read_header, read_json
+from quant_core.files import JsonTotal, header_size, read_header, read_json
 from quant_core.stored import StoredForm, StoredTensor
 
 _READERS = 8
@@ -77,7 +77,7 @@ class CheckpointFolder:
             CheckpointError: if it is absent, too large, no JSON, nested too deeply, or repeats a key of an object.
 
         """
-        return read_json(self.path / name, name)
+        return read_json(self.path / name, name, self._parsed)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -135,11 +135,16 @@ class CheckpointFolder:
         """Every tensor of the model by name, from the files' headers.
 
         Raises:
-            CheckpointError: if a file is damaged, two files hold one tensor, or the index and the files differ.
+            CheckpointError: if a file is damaged or its header too large, two files hold one tensor, or the index and
+                the files differ.
 
         """
+        paths = [self.path / file for file in self.weight_files]
         with ThreadPoolExecutor(_READERS) as readers:
-            headers = list(readers.map(lambda file: read_header(self.path / file, file), self.weight_files))
+            # All are counted before one is parsed.
+            for path, size in zip(paths, readers.map(header_size, paths, self.weight_files), strict=True):
+                self._parsed.add(path, path.name, size)
+            headers = list(readers.map(read_header, paths, self.weight_files))
         tensors: dict[str, StoredTensor] = {}
         for header in headers:
             for tensor in header:
@@ -169,6 +174,11 @@ class CheckpointFolder:
             module, _, suffix = name.rpartition(".")
             groups.setdefault(module, {})[suffix] = tensor
         return {module: StoredForm(module, group) for module, group in groups.items()}
+
+    @cached_property
+    def _parsed(self) -> JsonTotal:
+        """How much JSON was parsed so far."""
+        return JsonTotal()
 
     @cached_property
     def _weight_maps(self) -> dict[str, dict[str, str]]:

@@ -9,7 +9,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,14 @@ from safetensors import SafetensorError, safe_open
 from quant_core.errors import CheckpointError, listing
 from quant_core.stored import StoredTensor
 
-_JSON_LIMIT = 256 * 2**20
+#: What all JSON of a folder may hold together: bytes, and marks between values (commas, colons, opening brackets).
+#: Parsing takes up to 140 bytes of memory for a mark, whatever `[]`, `{}` or `"":0` take on disk, so 2.3 GB in all.
+#: DeepSeek-V3 with three tensors for each linear layer of its 14,848 experts has 45 MB and 2.1 million marks.
+_MOST_BYTES = 2**28
+_MOST_MARKS = 2**24
+
+_MARKS = (b",", b":", b"[", b"{")
+_AT_ONCE = 2**20
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -39,19 +46,54 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def read_json(path: Path, name: str) -> Any:
-    """The content of a JSON file, which messages call `name`.
+class JsonSize(NamedTuple):
+    """How much JSON a text holds: bytes, and marks, which bound the number of values and keys."""
+
+    bytes: int = 0
+    marks: int = 0
+
+
+class JsonTotal:
+    """The JSON that is parsed of one folder, files and headers of weights together, kept within bounds."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, JsonSize] = {}
+        self._total = JsonSize()
+
+    def add(self, path: Path, name: str, size: JsonSize) -> None:
+        """Count what is about to be parsed; a file that is read again counts once.
+
+        Raises:
+            CheckpointError: if it is more than any real checkpoint has.
+
+        """
+        before = self._sizes.get(name, JsonSize())
+        self._sizes[name] = size
+        self._total = JsonSize(*(t - b + s for t, b, s in zip(self._total, before, size, strict=True)))
+        if self._total.bytes <= _MOST_BYTES and self._total.marks <= _MOST_MARKS:
+            return
+        rest = "" if self._total == size else f"; with the folder's other files {_in_words(self._total)}"
+        raise CheckpointError(
+            f"{name} holds more JSON than any real checkpoint, and would take gigabytes of memory",
+            where=path,
+            found=f"{_in_words(size)}{rest}",
+            expected=f"at most {_in_words(JsonSize(_MOST_BYTES, _MOST_MARKS))} in all JSON files and headers",
+            todo="do not use this checkpoint unless you know why it is so large",
+        )
+
+
+def _in_words(size: JsonSize) -> str:
+    return f"{size.bytes} bytes with {size.marks} commas, colons and opening brackets"
+
+
+def read_json(path: Path, name: str, total: JsonTotal) -> Any:
+    """The content of a JSON file, which messages call `name`, and which is counted to a folder's total.
 
     Raises:
         CheckpointError: if it is absent, too large, no JSON, nested too deeply, or repeats a key of an object.
 
     """
-    try:
-        if _regular_size(path, name) > _JSON_LIMIT:
-            raise CheckpointError(f"{name} is larger than {_JSON_LIMIT} bytes", where=path)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
-        raise CheckpointError(f"{name} cannot be read: {error}", where=path) from error
+    text = _text(path, name, total)
     if not text.strip():
         raise CheckpointError(f"{name} is empty", where=path, todo="download or write the checkpoint again")
     try:
@@ -61,6 +103,40 @@ def read_json(path: Path, name: str) -> Any:
         raise CheckpointError(
             f"{name} is not valid JSON: {reason}", where=path, found=_pointer(text[:200].encode())
         ) from error
+
+
+def _text(path: Path, name: str, total: JsonTotal) -> str:
+    try:
+        size = _regular_size(path, name)
+        content = path.read_bytes() if size <= _MOST_BYTES else b""
+        total.add(path, name, JsonSize(max(size, len(content)), _marks_in(content)))
+        return content.decode()
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
+        raise CheckpointError(f"{name} cannot be read: {error}", where=path) from error
+
+
+def header_size(path: Path, name: str) -> JsonSize:
+    """How much JSON the header of a safetensors file holds, or more of the file than any header may have.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+
+    """
+    try:
+        _regular_size(path, name)
+        with path.open("rb") as opened:
+            length = left = min(int.from_bytes(opened.read(8), "little"), _MOST_BYTES + 1)
+            marks = 0
+            while chunk := opened.read(min(left, _AT_ONCE)):
+                left -= len(chunk)
+                marks += _marks_in(chunk)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, name, error) from error
+    return JsonSize(length - left, marks)
+
+
+def _marks_in(text: bytes) -> int:
+    return sum(map(text.count, _MARKS))
 
 
 def read_header(path: Path, name: str) -> list[StoredTensor]:
@@ -73,13 +149,17 @@ def read_header(path: Path, name: str) -> list[StoredTensor]:
     try:
         _regular_size(path, name)
         return list(_tensors(path, name))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name} is not a readable safetensors file: {error}",
-            where=path,
-            found=_what_it_is(path),
-            todo="download or write the file again",
-        ) from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: torch cannot map it
+        raise _unreadable(path, name, error) from error
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is not a readable safetensors file: {error}",
+        where=path,
+        found=_what_it_is(path),
+        todo="download or write the file again",
+    )
 
 
 def _tensors(path: Path, file: str) -> Iterator[StoredTensor]:

@@ -175,6 +175,15 @@ class QuantFormat(ABC):
         """
         return ()
 
+    @property
+    def rotation(self) -> str | None:
+        """What says that the hidden states are rotated against the float model's, for people; None if they are not.
+
+        A rotation that is folded into the weights changes no logits. It is noticed by whoever reads hidden states in
+        between, as the draft of a speculative decoding does.
+        """
+        return None
+
     def create_scheme_for_layer(self, query: LayerQuery) -> Scheme | None:
         """The scheme that serves a layer, checked against limits and files; None for a float layer.
 

@@ -147,6 +147,7 @@ def layer_context(query: LayerQuery, quant: LayerQuant, scheme_class: type[Schem
         "stored": quant.stored,
         "partition": query.partition,
         "role": query.role,
+        "values_later": query.values_later,
     }
     sizes, wanted = query.sizes, _SIZES[query.layer_type]
     if wanted is LinearSizes and isinstance(sizes, LinearSizes | None):
@@ -192,9 +193,9 @@ def _completed(sizes: LinearSizes, query: LayerQuery, quant: LayerQuant) -> Line
     told = []
     for form in quant.stored or (StoredForm(query.name),):
         stored = form.sizes()
-        if stored is None:
+        if stored is None or 0 in stored:
             raise LoadError(
-                f"{form.module}: the stored tensors do not tell the layer's sizes",
+                f"{form.module}: the stored tensors do not tell the layer's sizes, which are at least 1",
                 found=", ".join(f"{t.name} {list(t.shape)}" for t in form.tensors.values()) or "no tensor of this name",
                 layer=query.name,
             )

@@ -23,7 +23,8 @@ class Members(NamedTuple):
 
     Attributes:
         modules: the checkpoint's modules, in order; empty if it knows nothing of the engine's module.
-        absent: the members of a fused module, by the engine's names, that the checkpoint lacks.
+        absent: the members of a fused module that the checkpoint lacks: by the names of those that it has, or, where
+            the engine's names are those of the members, by these.
 
     """
 
@@ -58,9 +59,10 @@ class ModuleNames:
         A module that is fused in the checkpoint already is found under its own name first. Of several mappings the
         first counts whose members are all there.
         """
-        if name in self.stored_at:
-            return Members(self.stored_at[name])
         parent, _, last = name.rpartition(".")
+        if name in self.stored_at:
+            modules = self.stored_at[name]
+            return Members(modules, _absent(modules, last, packed_modules))
         partial = Members()
         for packed in packed_modules:
             wanted = [f"{parent}.{member}" if parent else member for member in packed.get(last, ())]
@@ -88,3 +90,14 @@ class ModuleNames:
                 todo="the checkpoint is incomplete or belongs to another architecture",
             )
         return found
+
+
+def _absent(modules: Sequence[str], last: str, packed_modules: Iterable[PackedModules]) -> tuple[str, ...]:
+    """The members that a mapping names of a fused module beside those that it is loaded from, under their parent."""
+    parent = modules[0].rpartition(".")[0]
+    found = {module.rpartition(".")[2] for module in modules}
+    for packed in packed_modules:
+        members = packed.get(last, ())
+        if found < set(members) and last not in members and len(modules) < len(members):
+            return tuple(f"{parent}.{m}" if parent else m for m in members if m not in found)
+    return ()

@@ -47,6 +47,7 @@ class LayerQuery:
         partition: how the layer is cut.
         has_bias: whether the engine's layer has a bias.
         role: which requests the instance serves.
+        values_later: whether the first values are made up and real ones come by a reload.
 
     """
 
@@ -60,6 +61,7 @@ class LayerQuery:
     partition: Partition = field(default_factory=Partition)
     has_bias: bool = False
     role: Role = "both"
+    values_later: bool = False
     layer_class: str = "Linear"
 
 

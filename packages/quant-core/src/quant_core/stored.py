@@ -184,6 +184,11 @@ class StoredForm:
         spelled = self.spelling.get(suffix, suffix)
         return f"{self.module}.{spelled}" if self.module else spelled
 
+    def found(self, suffix: str) -> str:
+        """Tensor, file and shape, for messages; empty for a tensor that is not there."""
+        tensor = self.tensors.get(suffix)
+        return "" if tensor is None else f"{tensor.name} in {tensor.file} is {list(tensor.shape)}"
+
     def sizes(self) -> tuple[int, int] | None:
         """Input and output features, by the weight's header and what is stated of its packing; None without one."""
         shape = self.shape("weight", ())

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import e2m1, pack_pairs, unpack_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mx_modules import exponents, fp8
@@ -27,12 +28,12 @@ def decoded(codes: Tensor) -> Tensor:
     """As a weight may come too: FP8 as bfloat16, FP4 as int8 with twice the values."""
     if codes.dtype != torch.uint8:
         return codes.to(torch.bfloat16)
-    return (2 * mx.e2m1_values(mx.unpack_e2m1(codes))).to(torch.int8)
+    return (2 * e2m1(codes)).to(torch.int8)
 
 
 def doubles(codes: Tensor) -> Tensor:
     """The values that codes stand for."""
-    values = mx.e2m1_values(mx.unpack_e2m1(codes)) if codes.dtype == torch.uint8 else codes.to(torch.float32)
+    values = e2m1(codes) if codes.dtype == torch.uint8 else codes.to(torch.float32)
     return values.to(torch.float64)
 
 
@@ -113,7 +114,7 @@ def test_a_decoded_weight_has_the_same_extremes(kind: str, power: int) -> None:
 def test_fp4_weights_packed_along_the_output_features() -> None:
     x, w = fp4(3, 96), fp4(10, 96)
     x_scale, w_scale = exponents(3, 96, 118), exponents(10, 96, 118)
-    along_n = mx.pack_e2m1(mx.unpack_e2m1(w).t().contiguous())
+    along_n = pack_pairs(unpack_pairs(w, 1).t(), 1).view(torch.uint8)
     options = {"pertoken_scale": mx.pair_exponents(x_scale), "x1_dtype": FP4, "x2_dtype": FP4, **MX}
     scale = mx.pair_exponents(w_scale).transpose(0, 1)
     got = npu.npu_quant_matmul(x, along_n, scale, output_dtype=torch.float32, **options)

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from bits import pack_eights, unpack_eights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from quant_core.ops.cpu import int4_gemm, int8_gemm
-from quant_core.packing import pack_eights, unpack_eights
 
 npu = torch.ops.npu
 pytestmark = pytest.mark.usefixtures("each_gemm")

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from bits import unpack_eights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from quant_core.ops.cpu import kronecker
-from quant_core.packing import unpack_eights
 
 npu = torch.ops.npu
 

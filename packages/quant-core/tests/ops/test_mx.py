@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bits import e2m1
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from quant_core import microscaling as mx
 
 npu = torch.ops.npu
 
@@ -50,7 +49,7 @@ def exact(values: Tensor, target: object, mode: str = "rint", algorithm: int = 0
 
 def elements_of(codes: Tensor) -> Tensor:
     """What the operator returned, as values."""
-    return mx.e2m1_values(mx.unpack_e2m1(codes)) if codes.dtype == torch.uint8 else codes.to(torch.float32)
+    return e2m1(codes) if codes.dtype == torch.uint8 else codes.to(torch.float32)
 
 
 RULES = [

@@ -6,11 +6,10 @@ from fractions import Fraction
 
 import pytest
 import torch
+from bits import unpack_eights
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
-
-from quant_core.packing import unpack_eights
 
 npu = torch.ops.npu
 

@@ -113,6 +113,10 @@ META_CALLS: dict[str, Callable[[], Any]] = {
 }
 
 
+def test_every_call_is_compared() -> None:
+    assert META_CALLS.keys() == REAL.keys()
+
+
 @pytest.mark.parametrize("call", REAL)
 def test_meta_results_are_those_of_torch_npu(call: str) -> None:
     with torch.device("meta"):

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from bits import pack_eights
 from torch import Tensor
 
 from quant_core import microscaling as mx
-from quant_core.packing import pack_eights
 
 npu = torch.ops.npu
 pytestmark = pytest.mark.usefixtures("each_gemm")

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from bits import pack_eights
 from torch import Tensor
-
-from quant_core.packing import pack_eights
 
 npu = torch.ops.npu
 pytestmark = pytest.mark.usefixtures("each_gemm")

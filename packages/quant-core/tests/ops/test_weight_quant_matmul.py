@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from bits import pack_eights
 from torch import Tensor
-
-from quant_core.packing import pack_eights
 
 npu = torch.ops.npu
 

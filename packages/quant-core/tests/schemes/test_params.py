@@ -125,7 +125,7 @@ def test_a_cut_through_a_group_names_the_sizes_and_what_works() -> None:
         "  where: m0",
         "  found: 96 input features",
         "  expected: equal parts that are multiples of 32: one index of weight_scale stands for so many features",
-        "  what to do: use tensor_parallel_size 3",
+        "  what to do: use tensor_parallel_size 3 (1 would fit as well)",
     ]
 
 

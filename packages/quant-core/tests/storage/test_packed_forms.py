@@ -89,18 +89,19 @@ def test_the_same_run_time_tensors(workbench: Any, quant_type: str, packing: str
     assert torch.equal(exact, found)
 
 
-@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize(("num_bits", "count"), [(4, 2), (4, 8), (8, 4)])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("signed", [True, False])
-def test_offset_binary_is_the_value_plus_half_of_the_range(num_bits: int, axis: Any, signed: bool) -> None:
+def test_offset_binary_is_the_value_plus_half_of_the_range(num_bits: int, count: int, axis: Any, signed: bool) -> None:
     """By arithmetic on single values, as compressed-tensors packs them: the first in the lowest bits."""
     values = torch.randint(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1), (8, 16), dtype=torch.int8)
-    packing = Packing(axis, values=32 // num_bits, signed=signed)
+    packing = Packing(axis, values=count, signed=signed)
     packed = pack(values, packing, num_bits)
     assert torch.equal(unpack(packed, packing, num_bits), values)
     rows = values if axis == 1 else values.t()
     whole = rows.to(torch.int64) + (0 if signed else 2 ** (num_bits - 1))
-    shifts = num_bits * torch.arange(32 // num_bits)
-    fields = (whole % 2**num_bits).unflatten(1, (-1, 32 // num_bits)) << shifts
+    shifts = num_bits * torch.arange(count)
+    fields = (whole % 2**num_bits).unflatten(1, (-1, count)) << shifts
     expected = fields.sum(-1) if axis == 1 else fields.sum(-1).t()
-    assert torch.equal(packed.to(torch.int64) % 2**32, expected)
+    assert packed.dtype == (torch.int8 if count == 2 else torch.int32)
+    assert torch.equal(packed.to(torch.int64) % 2 ** (num_bits * count), expected)

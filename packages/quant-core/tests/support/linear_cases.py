@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from bits import pack_pairs
 from mx_modules import dual_scale, mxfp4, mxfp4_flatquant, mxfp8, wfp8afp8
 from torch import Tensor
 
 from quant_core import AscendLinearScheme
-from quant_core.packing import pack_pairs
 from quant_core.schemes.linear.w4a4_dynamic import AscendW4A4DynamicLinearMethod
 from quant_core.schemes.linear.w4a4_flatquant_dynamic import AscendW4A4FlatQuantDynamicLinearMethod, get_decompose_dim
 from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod

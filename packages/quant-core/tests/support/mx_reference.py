@@ -1,9 +1,8 @@
 """What FP8 and MX linear types compute, in float64 and by other means than the package."""
 
 import torch
+from bits import e2m1
 from torch import Tensor
-
-MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 
 
 def nearest(values: Tensor, fp4: bool, ties_away: bool) -> Tensor:
@@ -29,11 +28,7 @@ def microscaled(x: Tensor, fp4: bool, ties_away: bool) -> Tensor:
 def stored_weight(stored: dict[str, Tensor]) -> Tensor:
     """Elements times powers of two of a stored module [n, k]."""
     weight = stored["weight"]
-    if weight.dtype == torch.uint8:
-        codes = torch.stack([weight % 16, weight // 16], dim=-1).flatten(1).to(torch.int64)
-        values = torch.where(codes < 8, 1.0, -1.0).to(torch.float64) * MAGNITUDES[codes % 8]
-    else:
-        values = weight.to(torch.float64)
+    values = (e2m1(weight) if weight.dtype == torch.uint8 else weight).to(torch.float64)
     powers = torch.exp2(stored["weight_scale"].to(torch.float64) - 127)
     return values * powers.repeat_interleave(32, dim=1)[:, : values.shape[1]]
 

@@ -115,6 +115,18 @@ class ModelSlimFormat(QuantFormat):
         """Scales in two stages are called otherwise."""
         return canonical_suffixes(form, self.description)
 
+    @property
+    def rotation(self) -> str | None:
+        """QuaRot's, which the tool folds into the layers that draft (MTP) as well, if they are in the folder."""
+        keys = self.description.keys
+        signs = {
+            "metadata.quarot": keys.metadata and keys.metadata.quarot,
+            "optional.quarot": keys.optional and keys.optional.quarot,
+            "is_rot_used": keys.is_rot_used,
+        }
+        found = [name for name, sign in signs.items() if sign]
+        return f"{self.description.file} has {' and '.join(found)}" if found else None
+
     def _described(self, query: LayerQuery) -> tuple[str, ...]:
         """The modules of a layer that no file holds: those under which it would be described."""
         parent, _, last = query.name.rpartition(".")

@@ -153,8 +153,32 @@ GET_QUANT_CONFIG = "vllm.model_executor.model_loader.weight_utils:get_quant_conf
 INITIALIZE_MODEL = "vllm.model_executor.model_loader.base_loader:initialize_model"
 PROCESS_WEIGHTS = "vllm.model_executor.model_loader.base_loader:process_weights_after_loading"
 FINALIZE_RELOAD = "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing"
+START_ENGINES = "vllm.v1.engine.utils:CoreEngineProcManager.__init__"
+LOAD_MODEL = "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"
+WAIT_FOR_ENGINES = "vllm.v1.engine.utils:wait_for_engine_startup"
 SAVE_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.save_model"
 LOAD_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.load_weights"
+
+#: What reads the weight of a layer of latent attention. On CPU, vLLM 0.28 has no such attention.
+LATENT_INPUT = "vllm.model_executor.layers.attention.mla_attention:_get_kv_b_proj_input_dtype"
+LATENT_WEIGHT = "vllm.model_executor.layers.attention.mla_attention:get_and_maybe_dequant_weights"
+READ_WEIGHT = "vllm.model_executor.layers.quantization.utils.quant_utils:get_and_maybe_dequant_weights"
+NOT_IN_ALL = {LATENT_INPUT, LATENT_WEIGHT, READ_WEIGHT}
+
+
+def has(path: str) -> bool:
+    """Whether this vLLM has what `module_level` would find."""
+    try:
+        owner, name = module_level(path)
+    except (ImportError, AttributeError):
+        return False
+    return hasattr(owner, name)
+
+
+def layers_read_back(model: "nn.Module") -> "list[nn.Module]":
+    """The layers whose float weights vLLM asks for once they are processed: those that latent attention absorbs."""
+    found = (getattr(module, "kv_b_proj", None) for module in model.modules() if hasattr(module, "impl"))
+    return [layer for layer in found if layer is not None]
 
 
 def make_up(param: Any) -> None:

@@ -140,13 +140,14 @@ class AscendQuantizationConfig(QuantizationConfig):
         build = _build.get()
         config = self if build is None else build.config
         name = prefix if build is None else without_prefix(prefix, build.prefix)
+        made_up = build is not None and build.made_up
         if is_expert_layer(layer):
-            return None if config is None else config._expert_method(layer, name)
+            return None if config is None else config._expert_method(layer, name, made_up)
         if not isinstance(layer, QUANTISABLE):
             return None
         if config is None or config.format is None:
-            return method_for(layer, prefix, None, None)
-        return method_for(layer, name, config.format, config.guess(name, layer_class(layer)))
+            return method_for(layer, prefix, None, None, False)
+        return method_for(layer, name, config.format, config.guess(name, layer_class(layer)), made_up)
 
     def guess(self, name: str, kind: str = "Linear") -> LayerQuant | None:
         """What the format says of a layer by vLLM's name for it; None if that names nothing in the checkpoint."""
@@ -156,7 +157,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         except LayerResolutionError:
             return None
 
-    def _expert_method(self, layer: nn.Module, name: str) -> QuantizeMethodBase | None:
+    def _expert_method(self, layer: nn.Module, name: str, made_up: bool) -> QuantizeMethodBase | None:
         """The method of quantised experts under the name that vLLM gives them; None for float ones."""
         from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
         from vllm_ascend_quant.placement.experts import expert_modules, numbered_children
@@ -168,7 +169,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         found = expert_modules(layer, name, self._numbered, self.format)
         if found is None or found[1].quant_type is None:
             return None
-        return AscendFusedMoEMethod(layer, self.format, name, *found)
+        return AscendFusedMoEMethod(layer, self.format, name, *found, made_up)
 
     def find(self, name: str) -> tuple[str, ...]:
         """The checkpoint modules behind a name, by the mappers and packed modules that vLLM handed over.
@@ -227,23 +228,31 @@ def _new_config(format_name: str) -> AscendQuantizationConfig:
 
 @dataclass(frozen=True)
 class _Build:
-    """The model that is being built: its own config, None if it is not one of ours, and its prefix."""
+    """The model that is being built.
+
+    Attributes:
+        config: its own; None if it is not one of ours.
+        prefix: of the names that vLLM gives.
+        made_up: whether its first weights are made up.
+
+    """
 
     config: AscendQuantizationConfig | None
     prefix: str
+    made_up: bool
 
 
 _build: ContextVar[_Build | None] = ContextVar("_build", default=None)
 
 
 @contextmanager
-def while_building(config: AscendQuantizationConfig | None, prefix: str = "") -> Iterator[None]:
+def while_building(config: AscendQuantizationConfig | None, prefix: str = "", made_up: bool = False) -> Iterator[None]:
     """While it lasts, a model is being built, and its own config answers for its layers, whichever is asked.
 
     vLLM builds a draft with its target's config, and some drafts read a config of their own; a draft in float, whose
     config is None, gets methods of vLLM's own.
     """
-    token = _build.set(_Build(config, prefix))
+    token = _build.set(_Build(config, prefix, made_up))
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ class Loading:
         held: what vLLM's `ModelConfig.model` was when weights were last loaded without an error.
         called: whether the model's `load_weights` was called since the last check; it is not for made-up weights.
         reported: the parameters that it reported; None where a model does not report.
+        came: the tensors that it was given, by their names in the checkpoint.
         expected: the parameters that every load must fill, each by all its names.
 
     """
@@ -35,12 +36,13 @@ class Loading:
     held: str
     called: bool = False
     reported: set[str] | None = None
+    came: set[str] = field(default_factory=set)
     expected: frozenset[frozenset[str]] = frozenset()
 
-    def take(self) -> tuple[bool, set[str] | None]:
-        """Whether there was a load since the last time, and what it reported; the next one starts anew."""
-        taken = self.called, self.reported
-        self.called, self.reported = False, None
+    def take(self) -> tuple[bool, set[str] | None, set[str]]:
+        """Whether there was a load since the last time, what it reported and was given; the next one starts anew."""
+        taken = self.called, self.reported, self.came
+        self.called, self.reported, self.came = False, None, set()
         return taken
 
 
@@ -52,9 +54,10 @@ class ServedModel:
         format: the checkpoint that the model is served from.
         model_config: vLLM's config of this model, whose `model` is the folder that weights are loaded from. A draft
             has one of its own.
-        made_up: whether the weights' values mean nothing when they are processed (`load_format="dummy"`).
+        made_up: whether the first weights are made up (`load_format="dummy"`), so that their values mean nothing.
         paths: where the loader puts each checkpoint module.
         layers: what was decided about each layer, by module path.
+        absent_members: the members of fused float layers of which the files have no weight, by module path.
         loading: how the loading stands.
 
     """
@@ -65,6 +68,7 @@ class ServedModel:
     paths: ModelPaths
     loading: Loading
     layers: dict[str, LayerQuant] = field(default_factory=dict)
+    absent_members: dict[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, quant_format: QuantFormat, model_config: Any, made_up: bool) -> "ServedModel":
@@ -83,6 +87,15 @@ class ServedModel:
     def resolve(self, name: str, modules: Sequence[str], layer_class: str = "Linear") -> LayerQuant:
         """The format's answer about checkpoint modules; raises as QuantFormat.layer_quant."""
         return self.format.layer_quant(LayerQuery(name, modules=tuple(modules), layer_class=layer_class))
+
+    def left_over(self) -> list[StoredForm]:
+        """The quantised modules that belong to no layer."""
+        claimed = {module for quant in self.layers.values() for module in quant.modules}
+        return [
+            form
+            for module, form in self.modules.items()
+            if module not in claimed and form.has("weight") and self.resolve(module, (module,)).quant_type is not None
+        ]
 
     def log_report(self) -> None:
         """One line per kind of layer."""

@@ -175,7 +175,10 @@ class AscendLinearScheme(Scheme):
             f"such activations ({form.input})": form.input is not None and form.input != cls.activation,
         }
         first = next((what for what, wrong in unlike.items() if wrong), None)
-        return [] if first is None else [f"{cls.__name__} has no {first}, which the format states"]
+        if first is None:
+            return []
+        found = form.found("weight_scale") if first.startswith("scales") else ""
+        return [f"{cls.__name__} has no {first}, which the format states{f': {found}' if found else ''}"]
 
     def get_weight(self, input_size: int, output_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
         """The weight, under its canonical suffix."""

@@ -127,6 +127,8 @@ class LayerContext:
         stored: the checkpoint modules that the layer is loaded from; empty while planning.
         partition: how the layer is cut.
         role: which requests the instance serves.
+        values_later: whether the first values that are processed are made up and real ones come by a reload. Compiled
+            code then sees the made-up ones, so nothing that it bakes in may depend on values.
 
     """
 
@@ -136,6 +138,7 @@ class LayerContext:
     stored: tuple[StoredForm, ...] = ()
     partition: Partition = Partition()
     role: Role = "both"
+    values_later: bool = False
 
     @property
     def form(self) -> StoredForm:

@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from quant_core.devices import current_device
 from quant_core.schemes.activations import activate, unknown_activation
 from quant_core.schemes.base import AscendLinearScheme, Scheme
 from quant_core.schemes.context import DOWN, GATE_UP, ExpertsContext, LayerContext
 from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.params import Param, tensor_of
-from quant_core.schemes.routing import Codes, Rows, local_table, route_in, route_out
+from quant_core.schemes.routing import KNOWS_ABSENT, Codes, Rows, local_table, route_in, route_out
 from quant_core.schemes.stacks import each_alone, put, stacked, take
 from quant_core.schemes.verify import linear_params
 
@@ -43,7 +44,6 @@ class AscendMoEScheme(Scheme):
         """An instance for one layer, with a linear scheme for each half."""
         scheme = super().create(context)
         scheme.halves = {prefix: cls.linear.create(half) for prefix, half in scheme.context.halves.items()}
-        scheme._table = None
         return scheme
 
     @classmethod
@@ -85,7 +85,11 @@ class AscendMoEScheme(Scheme):
                 self.process_one(alone, module)
                 modules.append(module)
             put(layer, prefix, stacked(modules))
+        self._prepare_routing(layer)
+
+    def _prepare_routing(self, layer: nn.Module) -> None:
         self._table = local_table(self.context.sizes, next(layer.parameters()).device)
+        self._knows_absent = current_device() in KNOWS_ABSENT
 
     def process_one(self, linear: AscendLinearScheme, module: nn.Module) -> None:
         """Turn what is stored for one projection into the form that the grouped operators take."""
@@ -108,7 +112,7 @@ class AscendMoEScheme(Scheme):
         if self.context.sizes.weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         rows, index = self.route(layer, x, topk_ids)
-        return route_out(self.compute(layer, rows, x.dtype), index, topk_weights)
+        return route_out(self.compute(layer, rows, x.dtype), index, topk_weights, self._knows_absent)
 
     def route(self, layer: nn.Module, x: Tensor, topk_ids: Tensor) -> tuple[Rows, Tensor]:
         """The rows of this rank's experts, and the row of each choice; see route_in.
@@ -167,7 +171,6 @@ class MixedExperts(AscendMoEScheme):
         self.context = context
         self.schemes = schemes
         self.halves = {prefix: scheme.halves[prefix] for prefix, scheme in schemes.items()}
-        self._table = None
 
     def of(self, half: str) -> AscendMoEScheme:
         """The scheme of a half."""
@@ -177,7 +180,7 @@ class MixedExperts(AscendMoEScheme):
         """Each scheme its half."""
         for scheme in self.schemes.values():
             scheme.process_weights_after_loading(layer)
-        self._table = local_table(self.context.sizes, next(layer.parameters()).device)
+        self._prepare_routing(layer)
 
     def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:
         """As the scheme of the half."""

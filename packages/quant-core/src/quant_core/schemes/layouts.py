@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quant_core.errors import LimitError
+from quant_core.errors import LimitError, listing
 from quant_core.schemes.context import LinearContext
 from quant_core.schemes.params import Param
 
@@ -138,13 +138,14 @@ def _divides(param: Param, parts: int, input_size: int) -> bool:
 def _indivisible(
     name: str, size: str, step: int, context: LinearContext, every: Sequence[Sequence[Param]]
 ) -> LimitError:
-    works = [n for n in range(1, context.partition.size) if _works(n, context, every)]
+    works = [n for n in range(context.partition.size - 1, 0, -1) if _works(n, context, every)]
+    others = f" ({listing(works[1:])} would fit as well)" if works[1:] else ""
     return LimitError(
         f"{context.name}: {name} cannot be cut over {context.partition.size} tensor-parallel ranks",
         where=", ".join(shard.name for shard in context.shards),
         found=size,
         expected=f"equal parts that are multiples of {step}: one index of {name} stands for so many features",
-        todo=f"use tensor_parallel_size {works[-1]}" if works else "no tensor_parallel_size cuts this layer",
+        todo=f"use tensor_parallel_size {works[0]}{others}" if works else "no tensor_parallel_size cuts this layer",
     )
 
 

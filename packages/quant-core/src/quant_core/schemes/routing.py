@@ -5,11 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant_core.devices import current_device
 from quant_core.schemes.context import ExpertSizes
 
 #: Products whose operator takes a choice without a row as what it is; on others it is row 0 with a weight of zero.
-_KNOWS_ABSENT = ("950", "cpu")
+KNOWS_ABSENT = ("950", "cpu")
 
 
 #: Rows as they go to a product: codes, or the rows themselves; and the codes' scales [m, ...], where rows have any.
@@ -77,16 +76,17 @@ def route_in(
     return Rows(rows, None if scale is None else scales.view(scale.dtype), counts), index
 
 
-def route_out(rows: Tensor, index: Tensor, topk_weights: Tensor) -> Tensor:
+def route_out(rows: Tensor, index: Tensor, topk_weights: Tensor, knows_absent: bool) -> Tensor:
     """The weighted sum of each token's rows [tokens, hidden]; choices without a row add nothing.
 
     Args:
         rows: [m, hidden], what the experts returned.
         index: the row of each choice, see route_in.
         topk_weights: float32 [tokens, k].
+        knows_absent: whether the device is one of KNOWS_ABSENT. Told, because compiled code cannot ask.
 
     """
-    if current_device() not in _KNOWS_ABSENT:
+    if not knows_absent:
         topk_weights = torch.where(index.view(topk_weights.shape) < 0, 0.0, topk_weights)
         index = index.clamp(min=0)
     y: Tensor = torch.ops.npu.npu_moe_token_unpermute(rows, index, topk_weights)

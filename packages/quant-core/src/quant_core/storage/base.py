@@ -70,6 +70,16 @@ class Storage(ABC):
         return groups_of(input_size, self.weight.group_size if self.weight.strategy == "group" else None)
 
 
+def unequal(form: StoredForm, suffix: str, input_size: int, groups: int) -> str:
+    """Why so many input features cannot have so many groups, with the tensor that tells how many there are."""
+    found, expected = form.found(suffix), [str(size) for size in form.shape(suffix, ())]
+    reason = f"{input_size} input features cannot be cut into {groups} equal groups"
+    if not found:
+        return reason
+    expected[1:2] = [f"a divisor of {input_size}"]
+    return f"{reason}: {found}, expected [{', '.join(expected)}]"
+
+
 def groups_of(input_size: int, group_size: int | None) -> int:
     """Groups of so many input features; the last one may be short. 1 without a group size."""
     return 1 if group_size is None else -(-input_size // group_size)

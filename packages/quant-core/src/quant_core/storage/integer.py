@@ -5,7 +5,7 @@ from torch import Tensor
 
 from quant_core.packing import pack, unpack
 from quant_core.schemes.params import Param, ValueCheck, finite, float_values, int4, positive, zero
-from quant_core.storage.base import Storage, Tensors, expanded, ones_where_zero
+from quant_core.storage.base import Storage, Tensors, expanded, ones_where_zero, unequal
 
 
 class IntegerStorage(Storage):
@@ -86,7 +86,7 @@ class IntegerStorage(Storage):
         groups = self.groups(input_size)
         if input_size % groups == 0:
             return []
-        return [f"{input_size} input features cannot be cut into {groups} equal groups"]
+        return [unequal(self.form, "weight_scale", input_size, groups)]
 
     def codes(self, tensors: Tensors) -> Tensor:
         """q, int8 [out, in]."""

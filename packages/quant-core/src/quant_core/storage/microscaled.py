@@ -5,7 +5,7 @@ from torch import Tensor
 
 from quant_core import microscaling as mx
 from quant_core.schemes.params import Param, no_nan_exponent, positive
-from quant_core.storage.base import Storage, Tensors, expanded, groups_of, ones_where_zero
+from quant_core.storage.base import Storage, Tensors, expanded, groups_of, ones_where_zero, unequal
 from quant_core.storage.fp8 import fp8_weight
 from quant_core.stored import Packing
 
@@ -78,9 +78,11 @@ class MicroscaledStorage(Storage):
             reasons.append(f"{input_size} input features are no whole number of bytes with two FP4 values each")
         groups = self.outer_groups(input_size)
         if input_size % groups:
-            reasons.append(f"{input_size} input features cannot be cut into {groups} equal groups")
+            reasons.append(unequal(self.form, "weight_dual_scale", input_size, groups))
         elif groups > 1 and (length := input_size // groups) % (2 * mx.BLOCK):
-            reasons.append(f"groups of {length} input features are no multiple of {2 * mx.BLOCK}")
+            found = self.form.found("weight_dual_scale")
+            which = f": {found}, for {input_size} input features" if found else ""
+            reasons.append(f"groups of {length} input features are no multiple of {2 * mx.BLOCK}{which}")
         return reasons
 
     def dequantize(self, tensors: Tensors) -> Tensor:

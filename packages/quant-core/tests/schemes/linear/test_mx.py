@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import e2m1
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mx_modules import mxfp4, mxfp8
@@ -15,7 +16,6 @@ from mx_reference import assert_near, microscaled, stored_weight
 from torch import Tensor
 
 from quant_core import LimitError, Partition
-from quant_core import microscaling as mx
 from quant_core.devices import planned_device
 from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod
@@ -114,7 +114,7 @@ def test_the_run_time_form(kind: Type, workbench: Any, device: str) -> None:
 
 def test_the_decoded_weight_has_the_values_of_every_code() -> None:
     codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(16, 16)
-    assert torch.equal(run_time_weight(codes), 2 * mx.e2m1_values(mx.unpack_e2m1(codes)).to(torch.float64))
+    assert torch.equal(run_time_weight(codes), 2 * e2m1(codes).to(torch.float64))
     finite = codes[(codes & 127) != 127].view(torch.float8_e4m3fn)[None]
     assert torch.equal(run_time_weight(finite), finite.to(torch.float32))
 

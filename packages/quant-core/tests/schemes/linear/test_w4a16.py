@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import unpack_eights, unpack_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import w4a16
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from quant_core import LimitError, Partition
 from quant_core.devices import planned_device
-from quant_core.packing import unpack_eights, unpack_pairs
 from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.linear.w4a16 import AscendW4A16LinearMethod
 from quant_core.schemes.verify import linear_params, verify_stored

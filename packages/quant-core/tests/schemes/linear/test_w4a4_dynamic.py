@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import unpack_eights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import w4a4_dynamic
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from quant_core import LimitError, Partition
 from quant_core.devices import planned_device
-from quant_core.packing import unpack_eights
 from quant_core.schemes.linear.w4a4_dynamic import AscendW4A4DynamicLinearMethod as Scheme
 
 INPUTS = 72

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from bits import unpack_eights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import flatquant
@@ -14,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import LimitError, LoadError, Partition
 from quant_core.devices import planned_device
-from quant_core.packing import unpack_eights
 from quant_core.schemes.handover import check_shared
 from quant_core.schemes.linear import w4a4_flatquant_dynamic as module
 from quant_core.schemes.linear.w4a4_flatquant_dynamic import (
@@ -177,6 +178,7 @@ def test_many_tokens_go_through_the_operator_in_parts(workbench: Any, compile_af
 def test_the_operator_of_compiled_code_keeps_torch_s_rules() -> None:
     arguments = (torch.randn(3, 4, 8), torch.eye(4), torch.eye(8), 0.98)
     torch.library.opcheck(module._kronecker_quant_operator, arguments)
+    torch.library.opcheck(module._by_stored_ratio_operator, (*arguments[:3], torch.tensor([0.98])))
 
 
 def test_the_run_time_form(workbench: Any) -> None:
@@ -220,6 +222,31 @@ def test_other_clip_ratios_after_a_reload_are_an_error(workbench: Any) -> None:
         scheme.process_weights_after_loading(workbench.load(scheme, members[::-1]))
     assert "m0.clip_ratio, m1.clip_ratio, m2.clip_ratio" in str(raised.value)
     assert "start the engine anew" in str(raised.value)
+
+
+def test_ratios_that_come_later_are_read_at_each_call(workbench: Any, compile_afresh: Callable[..., Any]) -> None:
+    """Compiled with the made-up ones, and run with others, bit by bit as a layer that began with these."""
+    x = tokens_of(9, sheared(8, 6, 16), torch.float32)
+
+    def members(*ratios: float) -> list[dict[str, Tensor]]:
+        return [sheared(out, 6, 16, ratio) for out, ratio in zip((24, 8, 8), ratios, strict=True)]
+
+    begun = members(1.0, 1.0, 1.0)
+    context = replace(workbench.context(begun, scheme_class=FlatQuant), values_later=True)
+    scheme = FlatQuant.create(context)
+    layer = workbench.load(scheme, begun)
+    scheme.process_weights_after_loading(layer)
+    compiled = compile_afresh(lambda x: scheme.apply(layer, x), backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ratios in ((1.0, 1.0, 1.0), RATIOS, (0.5, 0.5, 0.9), (1.0, 1.0, 1.0)):
+            real = members(*ratios)
+            again = workbench.load(scheme, real)
+            scheme.process_weights_after_loading(again)
+            for name, parameter in layer.named_parameters():
+                parameter.data.copy_(again.get_parameter(name))
+            fresh, expected = workbench.serve(FlatQuant, real)
+            assert torch.equal(compiled(x), fresh.apply(expected, x))
+            assert torch.equal(scheme.apply(layer, x), fresh.apply(expected, x))
 
 
 def test_members_with_different_matrices_are_an_error(workbench: Any) -> None:

@@ -107,12 +107,18 @@ def test_the_usual_form_is_declared_while_there_are_no_files(workbench: Any, inp
 @pytest.mark.parametrize(
     ("inputs", "groups", "reason"),
     [
-        (128, 3, "128 input features cannot be cut into 3 equal groups"),
-        (192, 2, "groups of 96 input features are no multiple of 64"),
+        (
+            128,
+            3,
+            "128 input features cannot be cut into 3 equal groups: {} is [8, 3, 1], expected [8, a divisor of 128, 1]",
+        ),
+        (192, 2, "groups of 96 input features are no multiple of 64: {} is [8, 2, 1], for 192 input features"),
     ],
 )
 def test_groups_that_no_operand_can_have_are_refused(workbench: Any, inputs: int, groups: int, reason: str) -> None:
-    assert Scheme.can_serve(context_of(workbench, dual_scale(8, inputs, groups), inputs)) == [reason]
+    """By the tensor that tells how many there are."""
+    told = reason.format("m0.weight_dual_scale in model.safetensors")
+    assert Scheme.can_serve(context_of(workbench, dual_scale(8, inputs, groups), inputs)) == [told]
 
 
 @settings(max_examples=20)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import unpack_eights, unpack_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import w4a8_dynamic
@@ -12,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import LimitError, Partition
 from quant_core.devices import planned_device
-from quant_core.packing import unpack_eights, unpack_pairs
 from quant_core.schemes.linear.w4a8_dynamic import AscendW4A8DynamicLinearMethod as Scheme
 from quant_core.schemes.params import float_values
 from quant_core.schemes.verify import verify_stored
@@ -217,7 +217,10 @@ def test_of_a_scale_bias_as_large_as_the_weight_a_rank_loads_its_part(workbench:
 def test_unequal_groups_are_refused(workbench: Any) -> None:
     stored = {**w4a8_dynamic(8, 64, 2), "weight_scale": torch.ones(8, 3)}
     (reason,) = Scheme.can_serve(workbench.context([stored], scheme_class=Scheme))
-    assert reason == "64 input features cannot be cut into 3 equal groups"
+    assert reason == (
+        "64 input features cannot be cut into 3 equal groups: m0.weight_scale in model.safetensors is [8, 3], "
+        "expected [8, a divisor of 64]"
+    )
 
 
 class Operands(TorchDispatchMode):

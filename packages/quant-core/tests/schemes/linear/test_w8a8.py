@@ -1,5 +1,6 @@
 """W8A8: static activation scales, the bias inside quant_bias."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,6 +176,21 @@ def test_a_reload_that_shares_input_scales_otherwise_is_refused(make: Any, workb
     assert "found: rows ((0, 8), (8, 16))" in message
     assert "expected: rows ((0, 16),)" in message
     scheme.process_weights_after_loading(workbench.load(scheme, same))
+
+
+def test_scales_that_come_later_are_shared_by_nobody(make: Any, workbench: Any) -> None:
+    """Whatever the made-up ones say; equal real ones give the numbers of a layer that shares them, bit by bit."""
+    same = [make["W8A8"](8, INPUTS) for _ in range(2)]
+    distinct = [make["W8A8"](8, INPUTS, input_scale=0.01 * (i + 1)) for i in range(2)]
+    context = replace(workbench.context(same, scheme_class=AscendW8A8LinearMethod), values_later=True)
+    scheme = AscendW8A8LinearMethod.create(context)
+    x = torch.randn(5, INPUTS)
+    for members in (same, distinct, same):
+        layer = workbench.load(scheme, members)
+        scheme.process_weights_after_loading(layer)
+        assert layer.input_scale.shape == (2,)
+        fresh, expected = workbench.serve(AscendW8A8LinearMethod, members)
+        assert torch.equal(scheme.apply(layer, x), fresh.apply(expected, x))
 
 
 @pytest.mark.parametrize("kind", ["replicated", "row", "column"])

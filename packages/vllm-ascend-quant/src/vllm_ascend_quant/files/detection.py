@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quant_core import CheckpointError, CheckpointFolder, Detection, detect_formats, list_formats
+from quant_core import CheckpointError, CheckpointFolder, Detection, QuantFormat, detect_formats, list_formats
 from vllm_ascend_quant.files import hub
 
 
@@ -16,7 +16,7 @@ def choose_method(engine_args: Any) -> None:
     """
     folder = hub.look_up(_named(engine_args, engine_args.model, engine_args.revision))
     if folder is not None:
-        engine_args.quantization = _method(folder, engine_args.quantization, "--quantization")
+        engine_args.quantization = _method(folder, engine_args.quantization, "--quantization {}")
 
 
 def choose_draft_method(engine_args: Any) -> None:
@@ -28,7 +28,7 @@ def choose_draft_method(engine_args: Any) -> None:
     revision, asked = settings.get("revision"), settings.get("quantization")
     # Offline, vLLM replaces the name of a target by its folder, and leaves that of a draft.
     folder = hub.look_up(_named(engine_args, model, revision)) or CheckpointFolder.locate(model, revision=revision)
-    method = None if folder is None else _method(folder, asked, "the speculative config")
+    method = None if folder is None else _method(folder, asked, '"quantization": "{}" in the speculative config')
     if method != asked and method is not None:
         engine_args.speculative_config = {**settings, "quantization": method}
 
@@ -37,14 +37,14 @@ def _named(engine_args: Any, model: Any, revision: str | None) -> hub.NamedModel
     return hub.NamedModel(str(model), revision, engine_args.hf_token, engine_args.download_dir)
 
 
-def _method(folder: CheckpointFolder, asked: str | None, asked_by: str) -> str | None:
-    """vLLM's name of the method of a folder; what was asked for if it is no format of ours."""
+def _method(folder: CheckpointFolder, asked: str | None, as_given: str) -> str | None:
+    """vLLM's name of the method of a folder; what was asked for, given in these words, if it is no format of ours."""
     formats = list_formats()
     found = detect_formats(folder)
     if not found:
         for quant_format in formats.values():
             if quant_format.vllm_name == asked:
-                quant_format.load(folder)  # says what is wrong with the files
+                _load(quant_format, folder, as_given.format(asked))
         return asked
     if len(found) > 1:
         raise CheckpointError(
@@ -53,21 +53,30 @@ def _method(folder: CheckpointFolder, asked: str | None, asked_by: str) -> str |
             todo="move the files of all but one format out of the folder",
         )
     method = formats[found[0].format].vllm_name
-    _contradict(asked, method, found[0], asked_by, "leave the argument out")
-    _contradict(
-        folder.declared_method,
-        method,
-        found[0],
-        "config.json",
-        "remove quantization_config from config.json if the weights are those of the description",
-    )
+    if asked not in (None, method):
+        instead = as_given.format(method)
+        raise _contradiction(as_given.format(asked), method, found[0], f"leave it out, or give {instead}")
+    declared = folder.declared_method
+    if declared not in (None, method):
+        todo = "remove quantization_config from config.json if the weights are those of the description"
+        raise _contradiction(f"the method {declared!r} in config.json", method, found[0], todo)
     return method
 
 
-def _contradict(claimed: str | None, method: str, detection: Detection, claimed_by: str, todo: str) -> None:
-    if claimed is not None and claimed != method:
+def _load(quant_format: type[QuantFormat], folder: CheckpointFolder, given: str) -> None:
+    """Open a folder that no format recognises, for what the format that was asked for says of it."""
+    try:
+        quant_format.load(folder)
+    except CheckpointError as error:
+        first = error.findings[0]
         raise CheckpointError(
-            f"{claimed_by} asks for the method {claimed!r}, but this is a {detection.format} checkpoint ({method!r})",
-            where=detection.reason,
-            todo=todo,
-        )
+            f"{given} does not fit the files: {first.what}", where=first.where, found=first.found, todo=first.todo
+        ) from error
+
+
+def _contradiction(claim: str, method: str, detection: Detection, todo: str) -> CheckpointError:
+    return CheckpointError(
+        f"{claim} contradicts the files: this is a {detection.format} checkpoint, whose method is {method!r}",
+        where=detection.reason,
+        todo=todo,
+    )

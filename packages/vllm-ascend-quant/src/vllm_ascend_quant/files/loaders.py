@@ -97,6 +97,6 @@ def open_folder(model_config: Any, load_config: Any) -> CheckpointFolder:
     return folder
 
 
-def values_are_read(load_format: str) -> bool:
-    """Whether what is in the parameters when they are processed came from the checkpoint."""
-    return load_format not in (*SAVED, DUMMY)
+def made_up(load_format: str) -> bool:
+    """Whether the first weights are made up, so that the values of scales mean nothing."""
+    return load_format == DUMMY

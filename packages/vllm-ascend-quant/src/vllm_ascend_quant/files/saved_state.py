@@ -55,7 +55,8 @@ def load(original: Callable[..., None], loader: Any, model: nn.Module) -> None:
     for layer, method in _layers(model).values():
         for param in stored_parameters(layer).values():
             initialize_single_dummy_weight(param)
-        method.process_weights_after_loading(layer)
+            compat.make_up(param)
+        method.make_run_time_form(layer)
         method.restored = True
     with _contiguous(model):
         loader.iterate_over_files = _fitting(loader.iterate_over_files, model)

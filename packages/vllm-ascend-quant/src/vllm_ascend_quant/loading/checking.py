@@ -3,14 +3,17 @@
 vLLM checks this for unquantised models only: a quantised one starts and answers nonsense when a tensor is absent.
 """
 
+from collections.abc import Iterable
+
 from torch import nn
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from quant_core import LoadError
+from quant_core import LoadError, QuantFormat
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.loading.explaining import layers_hint
-from vllm_ascend_quant.loading.floats import filled_in_parts, linear_layers, unfilled
+from vllm_ascend_quant.loading.floats import filled_in_parts, unfilled, vocabulary_layers
 from vllm_ascend_quant.loading.stream import give_up
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.served_model import ServedModel
@@ -23,7 +26,7 @@ def check_loaded(model: nn.Module, served: ServedModel) -> None:
         LoadError: lists the parameters that nothing was loaded into, or tensors that the model has no place for.
 
     """
-    called, reported = served.loading.take()
+    called, reported, _ = served.loading.take()
     in_parts = {id(param) for layer in filled_in_parts(model).values() for param in layer.parameters(recurse=False)}
     inside: set[frozenset[str]] = set()
     others: set[frozenset[str]] = set()
@@ -36,15 +39,25 @@ def check_loaded(model: nn.Module, served: ServedModel) -> None:
     if not called:
         return
     check_biases(model, served)
-    absent = unfilled(model, served)
+    members, absent = unfilled(model, served)
     absent += [min(aliases) for aliases in others if reported is not None and reported.isdisjoint(aliases)]
-    if absent:
-        raise LoadError(
-            f"{len(absent)} of the model's parameters were not loaded: {listing(absent)}",
-            where=served.format.folder.path,
-            found=layers_hint(served.format),
-            todo="check that config.json describes the model whose weights these are, and that no file is missing",
-        )
+    if members or absent:
+        raise _not_loaded(members, absent, served.format)
+
+
+def _not_loaded(members: list[str], others: list[str], quant_format: QuantFormat) -> LoadError:
+    """What to say of tensors that did not come: members of fused layers, of which others came, and the rest."""
+    names, folder = [*members, *others], quant_format.folder
+    lacking = [name for name in names if name not in folder.tensors]
+    searched = f"no tensor {listing(lacking)} in {listing(folder.weight_files)}" if lacking else None
+    return LoadError(
+        f"{len(names)} of the model's parameters were not loaded: {listing(names)}",
+        where=folder.path,
+        found="; ".join(filter(None, [searched, layers_hint(quant_format)])) or None,
+        todo="check that config.json describes the model whose weights these are, and that no file is missing"
+        if others
+        else "the other members of these layers are there, so the files are incomplete: download or write them again",
+    )
 
 
 def check_reloaded(model: nn.Module, served: ServedModel) -> None:
@@ -55,15 +68,22 @@ def check_reloaded(model: nn.Module, served: ServedModel) -> None:
 
     """
     loading = served.loading
-    called, reported = loading.take()
+    called, reported, came = loading.take()
     if not called:
         return
-    absent = [min(aliases) for aliases in loading.expected if reported is not None and reported.isdisjoint(aliases)]
-    for path, layer in linear_layers(model).items():
-        if compat.incomplete_at_reload(layer) and not any(name.rpartition(".")[0] == path for name in absent):
-            method = layer.quant_method
-            # Of what vLLM loads itself, only the count of elements is known.
-            absent += (method.missing(layer) if isinstance(method, AscendLinearMethod) else []) or [f"a part of {path}"]
+    left_out = {
+        path: _left_out(path, layer, served, came)
+        for path, layer in (filled_in_parts(model) | vocabulary_layers(model)).items()
+        if compat.incomplete_at_reload(layer)
+    }
+    absent = [
+        min(aliases)
+        for aliases in loading.expected
+        if reported is not None
+        and reported.isdisjoint(aliases)
+        and not any(left_out.get(name.rpartition(".")[0]) for name in aliases)
+    ]
+    absent += {name for names in left_out.values() for name in names}
     if absent:
         give_up(model, served)
         raise LoadError(
@@ -74,8 +94,36 @@ def check_reloaded(model: nn.Module, served: ServedModel) -> None:
     loading.held = served.model_config.model
 
 
+def _left_out(path: str, layer: nn.Module, served: ServedModel, came: set[str]) -> list[str]:
+    """The tensors that a layer lacks which a reload filled in part.
+
+    What the files have of it is asked, since vLLM counts elements and expects more than they have: it pads a
+    vocabulary, may fill a tied head through the embedding, and leaves a default as it is.
+    """
+    method = layer.quant_method
+    missing = method.missing(layer) if isinstance(method, AscendLinearMethod) else []
+    forms = [served.modules[module] for module in _modules_of(path, layer, served) if module in served.modules]
+    stored = {tensor.name for form in forms for tensor in form.tensors.values()}
+    if not stored and not isinstance(layer, VocabParallelEmbedding):  # an engine that was started without any file
+        return missing or [f"a part of {path}"]
+    return list(dict.fromkeys([*missing, *sorted(stored - came)]))
+
+
+def _modules_of(path: str, layer: nn.Module, served: ServedModel) -> Iterable[str]:
+    """The checkpoint modules that belong to a layer."""
+    if path in served.layers:
+        return served.layers[path].modules
+    if not isinstance(layer, compat.expert_layer_class()):
+        return served.paths.stored_at.get(path, ())
+    above = compat.expert_prefix(layer, path)
+    return (*served.paths.stored_at.get(above, ()), *served.paths.below([above])[above])
+
+
 def check_biases(model: nn.Module, served: ServedModel) -> None:
-    """Refuse `.bias` tensors for which the model has no parameter: vLLM's loaders drop them without a word.
+    """Refuse `.bias` tensors of modules of which the model has the rest: vLLM's loaders drop them without a word.
+
+    They come from a quantiser, and what that added must be used. A module that the model leaves out as a whole is the
+    architecture's affair: some end with a norm that vLLM never asks for.
 
     Asked after loading, because a loader may make the parameter when it meets the tensor.
 
@@ -86,7 +134,7 @@ def check_biases(model: nn.Module, served: ServedModel) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     lost = []
     for module, places in _bias_places(served).items():
-        there = [modules[path] for path in places if path in modules]
+        there = [modules[path] for path in places if path in modules and modules[path]._parameters]
         if there and not any(_takes_bias(layer) for layer in there):
             lost.append(f"{module}.bias")
     if lost:

@@ -2,19 +2,22 @@
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from quant_core import QuantError, QuantFormat
+from quant_core import LimitError, QuantError, QuantFormat
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.loading.explaining import stopped
-from vllm_ascend_quant.loading.floats import check_finite, check_rows, mark_unfilled
+from vllm_ascend_quant.loading.floats import check_finite, check_rows
 from vllm_ascend_quant.loading.source import check_source
-from vllm_ascend_quant.methods.parameter import AscendParameter
+from vllm_ascend_quant.methods.linear import AscendLinearMethod
+from vllm_ascend_quant.methods.parameter import AscendParameter, dtype_of_the_model
 from vllm_ascend_quant.methods.rows import handed_out
+from vllm_ascend_quant.placement.paths import beside_weight
 from vllm_ascend_quant.served_model import ServedModel
 
 
@@ -40,7 +43,9 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
             other = check_source(served, started)
             if other is not None:
                 check_rows(loaded_model, served, other)
-            reported = original(_canonical(weights, served, other or served.format, last), *args, **kwargs)
+            stream = _canonical(weights, loaded_model, served, other or served.format, last)
+            with dtype_of_the_model(served.model_config.dtype):
+                reported = original(_after(lambda: check_late_heads(loaded_model), stream), *args, **kwargs)
         except Exception as error:
             failed = served.model_config.model
             give_up(loaded_model, served)
@@ -57,11 +62,36 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
     model.load_weights = load_weights  # type: ignore[assignment]
     if not served.made_up:
         check_rows(model, served, served.format)
-        mark_unfilled(model)
+
+
+def _after(check: Callable[[], None], stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """A stream whose first tensor comes after a check."""
+    check()
+    yield from stream
+
+
+def check_late_heads(model: nn.Module) -> None:
+    """Refuse what a model makes while it loads, and ties to a quantised embedding.
+
+    vLLM's rerankers make a head of which they take single rows, as if they were float.
+
+    Raises:
+        LimitError: names the head.
+
+    """
+    for path, module in model.named_modules():
+        late = isinstance(module, VocabParallelEmbedding) and not isinstance(module.quant_method, AscendLinearMethod)
+        if late and isinstance(module._parameters.get("weight"), AscendParameter):
+            raise LimitError(
+                f"{path}: the model makes it while loading, to read rows of an embedding that is quantised",
+                expected="a float embedding, or a classifier of its own (score.weight) in the files",
+                todo="leave the embedding in float",
+            )
 
 
 def _canonical(
     weights: Iterable[tuple[str, torch.Tensor]],
+    model: nn.Module,
     served: ServedModel,
     quant_format: QuantFormat,
     last: list[tuple[str, torch.Tensor]],
@@ -74,9 +104,12 @@ def _canonical(
     quantised = {module for quant in served.layers.values() if quant.quant_type is not None for module in quant.modules}
     for name, tensor in weights:
         last[:] = [(name, tensor)]
+        served.loading.came.add(name)
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
-            if name.rpartition(".")[0] not in quantised:
+            if name.rpartition(".")[0] in quantised:
+                canonical = beside_weight(model, canonical)
+            else:
                 check_finite(name, tensor, quant_format)
             handed_out.note(tensor)
             yield canonical, tensor

@@ -14,10 +14,13 @@ QUANTISABLE = (LinearBase, VocabParallelEmbedding)
 
 
 def method_for(
-    layer: nn.Module, name: str, quant_format: QuantFormat | None, quant: LayerQuant | None
+    layer: nn.Module, name: str, quant_format: QuantFormat | None, quant: LayerQuant | None, made_up: bool
 ) -> QuantizeMethodBase:
-    """The method of a linear or vocabulary layer for a format's answer; vLLM's own where that is None or float."""
+    """The method of a linear or vocabulary layer for a format's answer; vLLM's own where that is None or float.
+
+    `made_up` says that the first weights are (see AscendLinearMethod).
+    """
     vocabulary = isinstance(layer, VocabParallelEmbedding)
     if quant_format is None or quant is None or quant.quant_type is None:
         return UnquantizedEmbeddingMethod() if vocabulary else UnquantizedLinearMethod()
-    return (AscendEmbeddingMethod if vocabulary else AscendLinearMethod)(quant_format, name, quant)
+    return (AscendEmbeddingMethod if vocabulary else AscendLinearMethod)(quant_format, name, quant, made_up)

@@ -1,4 +1,7 @@
-"""Vocabulary layers: a quantised `lm_head` multiplies as a linear layer, a quantised embedding looks rows up."""
+"""Vocabulary layers: a quantised `lm_head` multiplies as a linear layer, a quantised embedding looks rows up.
+
+A head that is tied to a quantised embedding is the embedding itself, which then does both.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from quant_core import AscendLinearScheme, LimitError
 from quant_core.schemes.handover import hand_over
+from quant_core.schemes.params import replace_parameter
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
 from vllm_ascend_quant.methods.parameter import load_vocabulary
 
@@ -17,6 +21,10 @@ class AscendEmbeddingMethod(AscendLinearMethod):
     """Serves a vocabulary layer with the type's linear scheme.
 
     vLLM pads the vocabulary and cuts it over the ranks; the rows beyond the checkpoint's are made up.
+
+    An embedding keeps what is stored, of which single rows are dequantised. What it multiplies by, if it is a head too,
+    is made when it is first asked to: some models hand their embedding to the logits without calling it a head. The
+    scales of a static type's input are then the head's, since a looked-up token has no input that could be quantised.
     """
 
     def create_weights(
@@ -50,13 +58,31 @@ class AscendEmbeddingMethod(AscendLinearMethod):
             )
 
     def make_run_time_form(self, layer: nn.Module) -> None:
-        """A head is a linear layer; an embedding keeps what is stored, of which single rows are dequantised."""
+        """A head is a linear layer; an embedding keeps what is stored."""
+        self._head: nn.Module | None = None
         if isinstance(layer, ParallelLMHead):
             super().make_run_time_form(layer)
             return
         stored = stored_parameters(layer)
         self._axes = {name: param.param.output_dim for name, param in stored.items()}
         hand_over(layer, [param.filling.layout for param in stored.values()], ())
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The logits of hidden states, by a head or by an embedding in its place."""
+        if isinstance(layer, ParallelLMHead):
+            return super().apply(layer, x, bias)
+        if self._head is None:
+            self._head = self._as_head(layer)
+        return super().apply(self._head, x, bias)
+
+    def _as_head(self, layer: nn.Module) -> nn.Module:
+        """A layer with the run-time form of an embedding's weight. No part of the model, as it can be made again."""
+        head = nn.Module()
+        for name in self._axes:
+            replace_parameter(head, name, layer.get_parameter(name).data)
+        hand_over(head, (), self.absent.values())
+        self.quant_method.process_weights_after_loading(head)
+        return head
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """The rows of the tokens [...], dequantised: [..., embedding size] in the model's dtype."""

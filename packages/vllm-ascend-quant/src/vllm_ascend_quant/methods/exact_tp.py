@@ -9,24 +9,12 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 
-from quant_core import LimitError
+from vllm_ascend_quant import options
 
 
 def exact_tp_wanted() -> bool:
-    """Whether the configuration of the model that is being built asks for it.
-
-    Raises:
-        LimitError: if the option has another value than true or false.
-
-    """
-    options = get_current_vllm_config().additional_config
-    ours = options.get("ascend_quant", {}) if isinstance(options, dict) else {}
-    wanted = ours.get("exact_tp", False) if isinstance(ours, dict) else ours
-    if not isinstance(wanted, bool):
-        raise LimitError(
-            f"additional_config: ascend_quant is {ours!r}", expected='{"ascend_quant": {"exact_tp": true}}, or false'
-        )
-    return wanted
+    """Whether the configuration of the model that is being built asks for it; raises as options.is_set."""
+    return options.is_set(get_current_vllm_config().additional_config, "exact_tp")
 
 
 @torch.library.custom_op("vllm_ascend_quant::max_over_ranks", mutates_args=())

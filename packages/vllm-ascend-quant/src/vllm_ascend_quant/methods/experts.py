@@ -43,12 +43,18 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         quant: the format's answer about the layer.
         experts: the modules that it is loaded from.
         quant_method: the scheme, once the layer's sizes are known.
-        made_up: whether weights are made up (`load_format="dummy"`), so that their values mean nothing.
+        made_up: whether the first weights are made up (`load_format="dummy"`), so that their values mean nothing.
 
     """
 
     def __init__(
-        self, layer: nn.Module, quant_format: QuantFormat, name: str, experts: ExpertModules, quant: LayerQuant
+        self,
+        layer: nn.Module,
+        quant_format: QuantFormat,
+        name: str,
+        experts: ExpertModules,
+        quant: LayerQuant,
+        made_up: bool,
     ):
         super().__init__(layer.moe_config)  # type: ignore[arg-type]
         self.format = quant_format
@@ -56,7 +62,7 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         self.experts = experts
         self.quant = quant
         self.quant_method: AscendMoEScheme
-        self.made_up = False
+        self.made_up = made_up
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         """None: what a modular kernel of vLLM would be told."""

@@ -1,5 +1,6 @@
 """Linear layers."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -49,17 +50,20 @@ class AscendLinearMethod(LinearMethodBase):
         absent: what the scheme declares and the files lack, which it is handed as zeros.
         restored: whether the layer was processed before it is filled, and is not to be processed again; see
             files/saved_state.py.
-        made_up: whether weights are made up (`load_format="dummy"`), so that their values mean nothing.
+        made_up: whether the first weights are made up (`load_format="dummy"`), so that their values mean nothing.
+        read_back: whether vLLM asks for the layer's float weight once it was processed; see `read_weight`.
 
     """
 
-    def __init__(self, quant_format: QuantFormat, name: str, quant: LayerQuant) -> None:
+    def __init__(self, quant_format: QuantFormat, name: str, quant: LayerQuant, made_up: bool) -> None:
         self.format = quant_format
         self.name = name
         self.quant = quant
         self.quant_method: AscendLinearScheme
         self.restored = False
-        self.made_up = False
+        self.made_up = made_up
+        self.read_back = False
+        self._float_weight: torch.Tensor | None = None
 
     def create_weights(
         self,
@@ -105,6 +109,7 @@ class AscendLinearMethod(LinearMethodBase):
             partition=_partition(layer),
             has_bias=getattr(layer, "has_bias", False),
             role=instance_role(),
+            values_later=self.made_up,
         )
         self.quant = self.format.layer_quant(query)  # again: sizes may tell how something is packed
         scheme = create_scheme(query, self.quant)
@@ -135,6 +140,7 @@ class AscendLinearMethod(LinearMethodBase):
         """
         if self.restored:
             self.restored = False
+            self._float_weight = None  # of what the layer held before
             return
         stored = stored_parameters(layer)
         if not self.made_up or any(param.filling.filled for param in stored.values()):
@@ -150,7 +156,26 @@ class AscendLinearMethod(LinearMethodBase):
     def make_run_time_form(self, layer: nn.Module) -> None:
         """Let the scheme process what was loaded."""
         hand_over(layer, [param.filling.layout for param in stored_parameters(layer).values()], self.absent.values())
+        if self.read_back:
+            with contextlib.suppress(NotImplementedError):  # a type that cannot
+                self._float_weight = self.quant_method.dequantize(layer)
         self.quant_method.process_weights_after_loading(layer)
+
+    def read_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The float weight [out, in] that was loaded last, once; None where unit vectors show it without error.
+
+        Raises:
+            LimitError: if it is known no longer, and would be seen with the errors that the type makes on its input.
+
+        """
+        weight, self._float_weight = self._float_weight, None
+        if weight is None and type(self.quant_method).dequantize is not AscendLinearScheme.dequantize:
+            raise LimitError(
+                f"{self.name}: vLLM's latent attention needs this layer's weight in float",
+                found=f"a processed {self.quant.quant_type} layer, as a saved state has it",
+                todo="serve the checkpoint itself",
+            )
+        return None if weight is None else weight.to(dtype)
 
     def missing(self, layer: nn.Module) -> list[str]:
         """The stored tensors that were not loaded since the layer was last processed."""

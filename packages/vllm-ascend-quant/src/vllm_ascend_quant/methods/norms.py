@@ -7,21 +7,10 @@ biases. vLLM's RMS norms have none, and its loaders drop such a tensor without a
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from vllm_ascend_quant.served_model import ServedModel
-
-
-class BiasedNorm:
-    """Put before a norm's class: adds `bias` to what it normalised, and leaves the residual alone."""
-
-    bias: Tensor
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The norm's own result, shifted."""
-        found = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return (found[0] + self.bias, *found[1:]) if isinstance(found, tuple) else found + self.bias
 
 
 def add_norm_biases(model: nn.Module, served: ServedModel) -> bool:
@@ -31,11 +20,18 @@ def add_norm_biases(model: nn.Module, served: ServedModel) -> bool:
     for name, form in served.modules.items():
         for path in served.paths.paths_of(name) if form.has("bias") else ():
             norm = modules.get(path)
-            if isinstance(norm, (RMSNorm, GemmaRMSNorm)) and not isinstance(norm, BiasedNorm):
-                weight = norm.weight.data
-                norm.register_parameter("bias", nn.Parameter(torch.zeros_like(weight), requires_grad=False))
-                # By its class, since compiled code looks there; what else the norm is stays as it was.
-                kind = type(norm)
-                norm.__class__ = type(f"Biased{kind.__name__}", (BiasedNorm, kind), {})
+            if isinstance(norm, (RMSNorm, GemmaRMSNorm)) and getattr(norm, "bias", None) is None:
+                bias = torch.zeros_like(norm.weight.data)
+                norm.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+                norm.register_forward_hook(_shift)
                 found = True
     return found
+
+
+def _shift(norm: nn.Module, inputs: Any, found: Any) -> Any:
+    """What the norm gives out, shifted, and the residual as it is.
+
+    A hook and no norm of another class: whichever of its implementations vLLM has chosen for the platform has run, and
+    compiled code follows hooks that are there when it is made.
+    """
+    return (found[0] + norm.bias, *found[1:]) if isinstance(found, tuple) else found + norm.bias

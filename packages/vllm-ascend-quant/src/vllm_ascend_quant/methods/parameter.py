@@ -1,6 +1,8 @@
 """One vLLM parameter class for everything that a scheme declares."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,6 +14,23 @@ from quant_core.schemes.filling import Filling
 from vllm_ascend_quant.methods.rows import Rows, handed_out, is_question
 
 _QKV = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
+
+
+_asked: ContextVar[torch.dtype | None] = ContextVar("_asked", default=None)
+
+
+@contextmanager
+def dtype_of_the_model(dtype: torch.dtype) -> Iterator[None]:
+    """While it lasts, a stored weight says that its dtype is the model's.
+
+    Models that ask for the dtype of a layer's weight while they are built or loaded make something of their own in it,
+    such as the scale of an embedding. What is in memory is asked by `.data.dtype`.
+    """
+    token = _asked.set(dtype)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 class AscendParameter(BasevLLMParameter):
@@ -39,6 +58,14 @@ class AscendParameter(BasevLLMParameter):
         self.vocabulary = (0, 0)
         if filling.layout.param.dummy is not None:
             self.dummy_weight_value = filling.layout.param.dummy
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The model's dtype to a model that asks while it is built or loaded; see `dtype_of_the_model`.
+
+        Not of a tensor without memory, of which vLLM's reload makes one with memory.
+        """
+        return super().dtype if self.is_meta else _asked.get() or super().dtype
 
     @property
     def param(self) -> Param:

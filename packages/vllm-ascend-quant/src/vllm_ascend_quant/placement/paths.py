@@ -104,6 +104,30 @@ class Renames:
         return getattr(self._modules[path], "hf_to_vllm_mapper", None)
 
 
+def beside_weight(model: nn.Module, name: str) -> str:
+    """The name under which a model's own mapper puts a tensor beside its module's weight.
+
+    Some rename `0.weight` and not `0.deq_scale`. The renamed name does then, if the mapper leaves that as it is.
+    """
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    module, _, suffix = name.rpartition(".")
+    weight = None if mapper is None or suffix == "weight" else compat.map_name(mapper, f"{module}.weight")
+    if weight is None:
+        return name
+    wanted = f"{weight[0].removesuffix('.weight')}.{suffix}", weight[1]
+    if compat.map_name(mapper, name) == wanted or compat.map_name(mapper, wanted[0]) != wanted:
+        return name
+    return wanted[0]
+
+
+def modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Each module once, with all its paths: models register one under several names, the loader uses any of them."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), (module, []))[1].append(path)
+    return list(found.values())
+
+
 def packed_mappings(model: nn.Module) -> dict[str, PackedModules]:
     """The packed-modules mappings by the paths of the modules that have one."""
     found = (

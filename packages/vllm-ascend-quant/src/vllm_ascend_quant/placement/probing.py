@@ -70,6 +70,7 @@ def _ask(
             weight = torch.empty(form.shape("weight", ()), device="meta")
             handed_out[id(weight)] = at, weight
             yield f"{at}.weight", weight
+        at = ""
 
     def take_note(taker: str, weight: torch.Tensor, part: Any) -> None:
         # Some loaders collect all tensors first; others load a part of the last one, which is a tensor of its own.
@@ -83,7 +84,8 @@ def _ask(
             try:
                 load_weights(weights())
             except Exception as error:  # whatever a model's own code raises for a name that it does not know
-                refused[at] = f"{type(error).__name__}: {error}"
+                if at:  # after the last one, it misses what it was not given
+                    refused[at] = f"{type(error).__name__}: {error}"
     return notes, refused
 
 

@@ -32,19 +32,32 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
             return original(vllm_config, prefix=prefix, **kwargs)
     # Here, because vLLM builds every model through this function.
     from vllm_ascend_quant.loading.explaining import explained
+    from vllm_ascend_quant.loading.floats import MarkedMemory
     from vllm_ascend_quant.loading.stream import watch_loading
+    from vllm_ascend_quant.methods.linear import AscendLinearMethod
     from vllm_ascend_quant.methods.norms import add_norm_biases
+    from vllm_ascend_quant.methods.parameter import dtype_of_the_model
     from vllm_ascend_quant.placement.deciding import decide_layers
+    from vllm_ascend_quant.placement.reading import refuse_what_is_read
     from vllm_ascend_quant.served_model import ServedModel
 
     wrappers.install(wrappers.FOR_OURS)
     assert config.format is not None, "vLLM calls maybe_update_config first"
-    with while_building(config, prefix), explained(config.format):
-        model = original(vllm_config, prefix=prefix, **kwargs)
-    made_up = not loaders.values_are_read(load_config.load_format)
-    served = ServedModel.of(model, config.format, model_config, made_up)
-    remade = decide_layers(model, served, config, prefix)
-    biased = add_norm_biases(model, served)
+    made_up = loaders.made_up(load_config.load_format)
+    with MarkedMemory():
+        with (
+            while_building(config, prefix, made_up),
+            explained(config.format),
+            dtype_of_the_model(model_config.dtype),
+        ):
+            model = original(vllm_config, prefix=prefix, **kwargs)
+        served = ServedModel.of(model, config.format, model_config, made_up)
+        remade = decide_layers(model, served, config, prefix)
+        for layer in compat.layers_read_back(model):
+            if isinstance(layer.quant_method, AscendLinearMethod):
+                layer.quant_method.read_back = True
+        refuse_what_is_read(model)
+        biased = add_norm_biases(model, served)
     if remade or biased:
         compat.record_for_reload(model)
     watch_loading(model, served)

@@ -14,6 +14,7 @@ from quant_core import list_formats
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.files import detection, hub, loaders
+from vllm_ascend_quant.plugin.drafting import refuse_rotated_target
 
 
 def _ours(method: str | None) -> bool:
@@ -28,16 +29,18 @@ def detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs:
 
 
 def draft(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """The same for a speculative draft, which is also checked here."""
+    """The same for a speculative draft, which is also checked here, alone and against a rotation of its target."""
     detection.choose_draft_method(engine_args)
     settings = original(engine_args, *args, **kwargs)
-    model_config = getattr(settings, "draft_model_config", None)
-    if model_config is None or not _ours(model_config.quantization):
-        return settings
-    if model_config.model != settings.target_model_config.model:
+    if settings is None:
+        return None
+    model_config = settings.draft_model_config
+    apart = model_config is not None and model_config.model != settings.target_model_config.model
+    if apart and _ours(model_config.quantization):
         load_config = settings.draft_load_config or engine_args.create_load_config()
         loaders.check(load_config.load_format, True, model_config.model)
         VllmConfig.get_quantization_config(model_config, load_config)  # here, where a user sees the error
+    refuse_rotated_target(settings, engine_args.create_load_config(), engine_args.additional_config)
     return settings
 
 

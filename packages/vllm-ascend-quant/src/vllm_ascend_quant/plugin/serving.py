@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from vllm_ascend_quant.files import saved_state
 from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
+from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.served_model import served_model
 
 
@@ -27,6 +29,21 @@ def reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwar
     if served is not None:
         check_reloaded(model, served)
     return original(model, *args, **kwargs)
+
+
+def latent(original: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Give the input of a quantised layer inside latent attention (MLA) the model's dtype."""
+    base = getattr(layer, "base_layer", layer)  # of an adapter (LoRA)
+    if isinstance(getattr(base, "quant_method", None), AscendLinearMethod):
+        return base.params_dtype
+    return original(layer, *args, **kwargs)
+
+
+def absorbed(original: Callable[..., Any], layer: nn.Module, out_dtype: Any = torch.float32) -> Any:
+    """Give latent attention the float weight of a quantised layer."""
+    method = getattr(getattr(layer, "base_layer", layer), "quant_method", None)
+    weight = method.read_weight(out_dtype) if isinstance(method, AscendLinearMethod) else None
+    return original(layer, out_dtype) if weight is None else weight
 
 
 def saved(original: Callable[..., None], model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:

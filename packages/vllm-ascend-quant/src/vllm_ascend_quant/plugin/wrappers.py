@@ -5,11 +5,18 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
 
     named    say what is wrong with a name of a model, if --quantization is one of ours (create_engine_config)
     detect   recognise a model without --quantization; contradict a wrong one (EngineArgs.create_model_config)
-    draft    the same for a speculative draft, which is also checked here (EngineArgs.create_speculative_config)
+    draft    the same for a speculative draft, which is also checked here, alone and against a rotation of its target
+             (EngineArgs.create_speculative_config)
     download fetch a model of ours where vLLM would, before it is checked (get_quant_config)
     built    decide by module paths once the model exists; build a draft by its own folder (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
     reloaded see that a reload left nothing out (finalize_layerwise_processing)
+    latent   latent attention (MLA) asks a quantised kv_b_proj for the dtype of its input (_get_kv_b_proj_input_dtype)
+    absorbed and for its float weight (get_and_maybe_dequant_weights, where it was imported)
+    read     the same (get_and_maybe_dequant_weights, for whoever imports it later)
+    started, noted, waited
+             an error of ours in a worker is raised in the front process (CoreEngineProcManager.__init__,
+             BaseModelLoader.load_model, wait_for_engine_startup)
     saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
     restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
@@ -52,12 +59,18 @@ ALWAYS = {
     "draft": Wrapped(compat.CREATE_DRAFT_CONFIG, "front:draft"),
     "download": Wrapped(compat.GET_QUANT_CONFIG, "front:download"),
     "built": Wrapped(compat.INITIALIZE_MODEL, "building:build"),
+    "started": Wrapped(compat.START_ENGINES, "failures:start_engines"),
+    "noted": Wrapped(compat.LOAD_MODEL, "failures:load_model"),
+    "waited": Wrapped(compat.WAIT_FOR_ENGINES, "failures:wait_for_engines"),
 }
 
 #: Installed once a model of ours is built.
 FOR_OURS = {
     "loaded": Wrapped(compat.PROCESS_WEIGHTS, "serving:loaded"),
     "reloaded": Wrapped(compat.FINALIZE_RELOAD, "serving:reloaded"),
+    "latent": Wrapped(compat.LATENT_INPUT, "serving:latent"),
+    "absorbed": Wrapped(compat.LATENT_WEIGHT, "serving:absorbed"),
+    "read": Wrapped(compat.READ_WEIGHT, "serving:absorbed"),
     "saved": Wrapped(compat.SAVE_STATE, "serving:saved"),
     "restored": Wrapped(compat.LOAD_STATE, "serving:restored"),
 }
@@ -81,6 +94,8 @@ def _wrap(name: str, wrapped: Wrapped, _: ModuleType) -> None:
         owner, attribute = compat.module_level(wrapped.function)
         original = getattr(owner, attribute)
     except AttributeError as error:  # must not stop the models of others
+        if wrapped.function in compat.NOT_IN_ALL:
+            return
         compat.missing.append(wrapped.function)
         logger.warning("%s: models of our formats will be refused, all others are left to vLLM", error)
         return

@@ -1,5 +1,7 @@
 """W4A4_FLATQUANT_DYNAMIC: int4 weights, and int4 activations per token after FlatQuant's transform."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +54,7 @@ def pack_int4_weights(weight: Tensor) -> Tensor:
 
 
 def batched_kronecker_quant(
-    x: Tensor, left_trans: Tensor, right_trans: Tensor, clip_ratio: float
+    x: Tensor, left_trans: Tensor, right_trans: Tensor, clip_ratio: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """left_trans · X · right_trans of each token, quantised to int4 per token, in calls that the operator can take.
 
@@ -60,15 +62,21 @@ def batched_kronecker_quant(
         x: [tokens, L, R], floating.
         left_trans: [L, L] in x's dtype; for a checkpoint's matrix, its transpose.
         right_trans: [R, R] in x's dtype.
-        clip_ratio: how much of a token's largest magnitude the codes reach.
+        clip_ratio: how much of a token's largest magnitude the codes reach. Compiled code bakes in a number; a tensor
+            [1], on CPU, is read at each call.
 
     Returns:
         int32 codes [tokens, L, R / 8] and float32 scales [tokens].
 
     """
     # An operator of its own in compiled code, which must not decide by the number of tokens that it was traced with.
-    chunked = _kronecker_quant_operator if torch.compiler.is_compiling() else _kronecker_quant_in_chunks
-    codes, scales = chunked(x, left_trans, right_trans, clip_ratio)
+    compiling = torch.compiler.is_compiling()
+    if isinstance(clip_ratio, Tensor):
+        by_ratio = _by_stored_ratio_operator if compiling else _by_stored_ratio
+        codes, scales = by_ratio(x, left_trans, right_trans, clip_ratio)
+    else:
+        chunked = _kronecker_quant_operator if compiling else _kronecker_quant_in_chunks
+        codes, scales = chunked(x, left_trans, right_trans, clip_ratio)
     return codes, scales
 
 
@@ -83,13 +91,21 @@ def _kronecker_quant_in_chunks(x: Tensor, left: Tensor, right: Tensor, clip_rati
     return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
+def _by_stored_ratio(x: Tensor, left: Tensor, right: Tensor, clip_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    return _kronecker_quant_in_chunks(x, left, right, clip_ratio.item())
+
+
 _kronecker_quant_operator = torch.library.custom_op(
     "quant_core::batched_kronecker_quant", _kronecker_quant_in_chunks, mutates_args=()
+)
+_by_stored_ratio_operator = torch.library.custom_op(
+    "quant_core::kronecker_quant_by_stored_ratio", _by_stored_ratio, mutates_args=()
 )
 
 
 @_kronecker_quant_operator.register_fake
-def _(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float) -> tuple[Tensor, Tensor]:
+@_by_stored_ratio_operator.register_fake
+def _(x: Tensor, left: Tensor, right: Tensor, clip_ratio: float | Tensor) -> tuple[Tensor, Tensor]:
     tokens, rows, columns = x.shape
     codes = x.new_empty((tokens, rows, columns // 8), dtype=torch.int32)
     return codes, x.new_empty((tokens,), dtype=torch.float32)
@@ -111,6 +127,8 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         weight_scale: float32 [out]
         left_trans: model dtype [L, L], transposed
         right_trans: model dtype [R, R]
+        clip_ratio: float32 [members], on CPU and where the values come later; elsewhere numbers, which the operator
+            wants
     """
 
     granularity = ("per channel",)
@@ -120,7 +138,7 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
     activation = ActivationForm(num_bits=4)
 
     storage: IntegerStorage
-    _ratios: tuple[float, ...]
+    _ratios: tuple[float, ...] | None = None
     _runs: tuple[tuple[float, int, int], ...]
 
     @classmethod
@@ -151,12 +169,19 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack the weight, transpose left_trans, take clip ratios off the layer, drop the offset, which is zero.
 
+        Where the values come later, the ratios stay on the layer, from which a CPU can read them at each call. A device
+        cannot: it would wait for the number, and a captured graph holds the one of its capture.
+
         Raises:
             LimitError: if a reload would change the clip ratios, which compiled code has baked in.
 
         """
-        self._remember(tuple(layer.get_parameter("clip_ratio").data.to(torch.float32).tolist()))
-        del layer.clip_ratio
+        ratios = layer.get_parameter("clip_ratio").data.to(torch.float32)
+        if self.context.values_later and ratios.device.type == "cpu":
+            replace_parameter(layer, "clip_ratio", ratios)
+        else:
+            self._remember(tuple(ratios.tolist()))
+            del layer.clip_ratio
         stored = tensors_of(layer)
         replace_parameter(layer, "weight", pack_int4_weights(self.storage.codes(stored)))
         replace_parameter(layer, "weight_scale", self.storage.scale(stored).flatten())
@@ -172,12 +197,8 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         """
         tokens, left, right = matrices_of(layer, x)
         weight, scale = tensor_of(layer, "weight"), tensor_of(layer, "weight_scale")
-        quantised = {
-            ratio: batched_kronecker_quant(tokens, left, right, ratio) for ratio in dict.fromkeys(self._ratios)
-        }
         parts = []
-        for ratio, start, stop in self._runs:
-            codes, x_scale = quantised[ratio]
+        for (codes, x_scale), start, stop in self._quantised(layer, tokens, left, right):
             parts.append(
                 torch.ops.npu.npu_quant_matmul(
                     codes.flatten(1),
@@ -199,9 +220,25 @@ class AscendW4A4FlatQuantDynamicLinearMethod(AscendLinearScheme):
         """The largest magnitude of a channel becomes 7; without calibration the transform is the identity."""
         return super().quantize(weight) | identity_transform(self.context)
 
+    def _quantised(
+        self, layer: nn.Module, tokens: Tensor, left: Tensor, right: Tensor
+    ) -> list[tuple[tuple[Tensor, Tensor], int, int]]:
+        """Codes and scales of the tokens, and the rows of the weight that they are multiplied with."""
+        if self._ratios is not None:
+            found = {
+                ratio: batched_kronecker_quant(tokens, left, right, ratio) for ratio in dict.fromkeys(self._ratios)
+            }
+            return [(found[ratio], start, stop) for ratio, start, stop in self._runs]
+        ratios = tensor_of(layer, "clip_ratio").split(1)
+        stops = itertools.accumulate(shard.local_output_size for shard in self.context.shards)
+        return [
+            (batched_kronecker_quant(tokens, left, right, ratio), stop - shard.local_output_size, stop)
+            for ratio, shard, stop in zip(ratios, self.context.shards, stops, strict=True)
+        ]
+
     def _remember(self, ratios: tuple[float, ...]) -> None:
         """Keep each member's clip ratio with its rows; neighbours of one ratio are one run."""
-        if getattr(self, "_ratios", ratios) != ratios:
+        if self._ratios not in (None, ratios):
             raise LimitError(
                 f"{self.context.name}: the reloaded weights have other clip ratios than before",
                 where=", ".join(f"{shard.name}.clip_ratio" for shard in self.context.shards),

@@ -25,7 +25,8 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
 
     `quant_bias` holds both the zero point's correction and the layer's bias, so the bias is not added again.
 
-    Run time, with g runs of members that share an input scale (1, where calibration saw q, k and v together):
+    Run time, with g runs of members that share an input scale (1, where calibration saw q, k and v together; one for
+    each member, where the values come later):
         weight: int8 [in, out]
         input_scale, input_offset: float32 [g]
         deq_scale: float32 [out], encoded int64 for float16 results
@@ -135,12 +136,15 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
     def _first_members(self, scales: Tensor, offsets: Tensor) -> list[int]:
         """The first member of each run that shares scale and offset; remembers the rows of the runs.
 
+        Made-up scales say nothing about the real ones: each member is a run of its own then.
+
         Raises:
             LimitError: if a reload would change the runs, which compiled code has baked in.
 
         """
         pairs = torch.stack([scales, offsets], dim=1)
-        firsts = [0, *((pairs[1:] != pairs[:-1]).any(dim=1).nonzero().flatten() + 1).tolist()]
+        differ = (pairs[1:] != pairs[:-1]).any(dim=1) | self.context.values_later
+        firsts = [0, *(differ.nonzero().flatten() + 1).tolist()]
         ends = [0]
         for shard in self.context.shards:
             ends.append(ends[-1] + shard.local_output_size)
