@@ -101,7 +101,7 @@ def with_experts(count: int, target: Path) -> Path:
     save_file(tensors, weights, metadata={"format": "pt"})
     file.write_text(json.dumps({name: said for name, said in json.loads(file.read_text()).items() if kept(name)}))
     config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, "num_experts": count}))
+    (target / "config.json").write_text(json.dumps({**config, "num_local_experts": count}))
     return target
 
 
@@ -191,7 +191,7 @@ def test_more_experts_than_the_model_has(tmp_path: Path, load_model: Callable[..
     """All layers alike, so that only config.json tells."""
     folder = with_experts(8, tmp_path / "surplus")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_experts": 6}))
+    (folder / "config.json").write_text(json.dumps({**config, "num_local_experts": 6}))
     with pytest.raises(LayerResolutionError) as raised, load_model(folder):
         pass
     assert "6 have no place: model.layers.0.mlp.experts.6.down_proj" in str(raised.value)
