@@ -7,7 +7,7 @@ from pathlib import Path
 import deepseek
 from measure import alternating, arguments, report
 
-from quant_core import CheckpointFolder, LayerQuery
+from quant_core import DOWN, GATE_UP, CheckpointFolder, ExpertSizes, LayerQuant, LayerQuery, QuantFormat
 from quant_core.checkpoint import PlannedFolder
 from quant_modelslim.format import ModelSlimFormat
 
@@ -25,10 +25,18 @@ def queries() -> list[LayerQuery]:
             asked += [f"{prefix}.mlp.{n}" for n in ("gate_up_proj", "down_proj")]
             continue
         asked += [f"{prefix}.mlp.{n}" for n in ("gate", "shared_experts.gate_up_proj", "shared_experts.down_proj")]
-        names = ("gate_proj", "up_proj", "down_proj")
-        modules = tuple(f"{prefix}.mlp.experts.{e}.{n}" for e in range(deepseek.EXPERTS) for n in names)
-        experts.append(LayerQuery(f"{prefix}.mlp.experts", "moe", modules=modules))
+        halves = {
+            half: tuple(tuple(f"{prefix}.mlp.experts.{e}.{name}" for name in names) for e in range(deepseek.EXPERTS))
+            for half, names in ((GATE_UP, ("gate_proj", "up_proj")), (DOWN, ("down_proj",)))
+        }
+        sizes = ExpertSizes(deepseek.HIDDEN, deepseek.EXPERT, deepseek.EXPERTS)
+        experts.append(LayerQuery(f"{prefix}.mlp.experts", "moe", experts=halves, sizes=sizes))
     return [*(LayerQuery(name, packed_modules=PACKED) for name in asked), *experts]
+
+
+def answer(found: QuantFormat, query: LayerQuery) -> LayerQuant:
+    """What the format says of a layer."""
+    return found.experts_quant(query) if query.layer_type == "moe" else found.layer_quant(query)
 
 
 def main() -> None:
@@ -42,19 +50,22 @@ def main() -> None:
         def from_description() -> None:
             found = ModelSlimFormat.load(PlannedFolder(path))
             for query in asked:
-                found.layer_quant(query)
+                answer(found, query)
 
         loaded = ModelSlimFormat.load(CheckpointFolder(path))
 
         def from_files() -> None:
             found = ModelSlimFormat.load(CheckpointFolder(path))
             for query in asked:
-                found.layer_quant(query)
+                answer(found, query)
 
         runs = {
             "description: read, check, resolve": from_description,
             "of which JSON": lambda: PlannedFolder(path).read_json("quant_model_description.json"),
-            "of which resolve": lambda: [loaded.layer_quant(query) for query in asked],
+            "of which resolve": lambda: [answer(loaded, query) for query in asked],
+            "experts: resolve, create and compare with the files": lambda: [
+                loaded.create_scheme_for_layer(query) for query in asked if query.layer_type == "moe"
+            ],
             "headers of all files": lambda: CheckpointFolder(path).tensors,
             "description and headers compared": from_files,
         }

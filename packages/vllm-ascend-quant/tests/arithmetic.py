@@ -117,6 +117,16 @@ def inspect_layers(llm: Any) -> Layers:
     return Layers(claimed, quantised, unquantised, wrong)
 
 
+def expert_modules(llm: Any) -> list[str]:
+    """The checkpoint modules that layers of experts hold quantised."""
+    from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
+
+    model = llm.llm_engine.model_executor.driver_worker.get_model()
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    experts = [method.experts for method in methods if isinstance(method, AscendFusedMoEMethod)]
+    return [name for halves in experts for rows in halves.values() for members in rows for name in members]
+
+
 def layer_weights(llm: Any) -> dict[str, Tensor]:
     """What each linear layer of an engine's model multiplies by; see `weights_of`."""
     return weights_of(llm.llm_engine.model_executor.driver_worker.get_model())

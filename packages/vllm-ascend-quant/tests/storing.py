@@ -1,6 +1,8 @@
 """Writing the linear layers of a tiny model in the ways in which types store what belongs to a row."""
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from quant_core import StoredForm, WeightForm
 from quant_core.packing import pack_pairs
 from quant_core.storage import IntegerStorage
-from quant_modelslim.writer import write_checkpoint
+from quant_modelslim.writer import quantize_weight, write_checkpoint
 
 GROUP = 32
 DESCRIPTION = "quant_model_description.json"
@@ -94,3 +96,40 @@ def make(folder: Path, architecture: architectures.Architecture, way: str) -> No
         types |= dict.fromkeys(stored, quant_type)
     save_file(tensors, file, {"format": "pt"})
     description.write_text(json.dumps({**types, "version": "1.0.0"}))
+
+
+def make_experts(folder: Path, architecture: architectures.Architecture) -> int:
+    """A checkpoint whose routed experts are W8A16, and a float one with the dequantised weights; how many modules.
+
+    Returns:
+        how many projections of experts were quantised; 0 where they are not saved one by one.
+
+    """
+    tiny = architectures.make(architecture, folder)
+    shutil.rmtree(folder / "quant")
+    chosen = {
+        name.removesuffix(".weight")
+        for name, tensor in tiny.tensors.items()
+        if name.endswith(".weight") and tensor.dim() == 2 and _is_of_expert(name)
+    }
+    stored = {module: quantize_weight(module, tiny.tensors[f"{module}.weight"], "W8A16") for module in chosen}
+    write_checkpoint(
+        folder / "quant",
+        tiny.tensors,
+        lambda module, _: "W8A16" if module in chosen else "FLOAT",
+        files_from=folder / "float",
+    )
+    exact = {
+        f"{module}.weight": parts["weight"].float() * parts["weight_scale"].float() for module, parts in stored.items()
+    }
+    for file in (folder / "float").glob("*.safetensors*"):
+        file.unlink()
+    float_tensors = {n: t.contiguous().clone() for n, t in (tiny.tensors | exact).items()}
+    save_file(float_tensors, folder / "float" / "model.safetensors", {"format": "pt"})
+    return len(chosen)
+
+
+def _is_of_expert(name: str) -> bool:
+    """Whether a tensor is one expert's: a number follows the component that all experts share."""
+    components = name.split(".")
+    return any(a == "experts" and b.isdecimal() for a, b in itertools.pairwise(components))

@@ -1,9 +1,10 @@
 """Every architecture that we can make a tiny model of: does a ModelSlim checkpoint of it load, and is it right?
 
-    python packages/vllm-ascend-quant/tests/survey.py [names] [--out FOLDER] [--rows]
+    python packages/vllm-ascend-quant/tests/survey.py [names] [--out FOLDER] [--rows | --experts]
 
 With --rows each layer's weight is compared with the float model's, as vLLM loads both, for three ways of storing what
-belongs to a row.
+belongs to a row. With --experts the routed experts are quantised, as weights only, and the answers compared with those
+of a float model that has the dequantised weights.
 
 Not collected by pytest: about 15 seconds each. Each runs in a fork of this process, which has imported everything.
 """
@@ -34,6 +35,7 @@ for name, value in {
 import architectures as tiny_models  # noqa: E402
 import arithmetic  # noqa: E402
 import storing  # noqa: E402
+import survey_experts  # noqa: E402
 from conftest import loaded  # noqa: E402
 from survey_table import TABLE  # noqa: E402
 
@@ -110,6 +112,40 @@ def judge_rows(name: str, folder: Path) -> dict[str, Any]:
             result[way] = f"WRONG {wrong}" if wrong else "ok"
         except BaseException as error:
             result[way] = f"refused: {why(error)}"
+    return result
+
+
+def judge_experts(name: str, folder: Path) -> dict[str, Any]:
+    """One architecture's result with quantised experts."""
+    architecture = TABLE[name]
+    result: dict[str, Any] = {"name": name}
+    try:
+        count = storing.make_experts(folder, architecture)
+    except BaseException as error:
+        return {**result, "no_model": why(error)}
+    result["described"] = count
+    if not count:
+        return {**result, "no_model": "transformers saves no experts one by one"}
+    answers: dict[str, Any] = {}
+    for kind in ("float", "quant"):
+        step = "load"
+        try:
+            llm = start(folder / kind, architecture.engine)
+            step = "run"
+            answers[kind] = arithmetic.vllm_logprobs(llm, arithmetic.prompts())
+            if kind == "quant":
+                result["quantised"] = len(arithmetic.expert_modules(llm))
+                step = "reload"
+                llm.collective_rpc("reload_weights")
+                again = arithmetic.vllm_logprobs(llm, arithmetic.prompts())
+                result["reload"] = arithmetic.differences(answers[kind], again)
+        except BaseException as error:
+            result["error" if kind == "quant" else "float_error"] = f"{step}: {why(error)}"
+        llm = None
+        stop()
+    if len(answers) == 2:
+        result["gap"] = arithmetic.differences(answers["quant"], answers["float"])
+    result["missed"] = count - result.get("quantised", 0)
     return result
 
 
@@ -228,6 +264,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=150)
     parser.add_argument("--skip-done", action="store_true")
     parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--experts", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     import transformers  # noqa: F401
@@ -242,12 +279,14 @@ def main() -> None:
     load_general_plugins()
     list_schemes()  # imports them all
     registry._run_in_subprocess = lambda function: function()
-    for name in arguments.names or TABLE:
+    names = arguments.names or (survey_experts.EXPERTS if arguments.experts else TABLE)
+    chosen = judge_rows if arguments.rows else judge_experts if arguments.experts else judge
+    for name in names:
         if arguments.skip_done and (arguments.out / f"{name}.json").exists():
             before = json.loads((arguments.out / f"{name}.json").read_text())
             if verdict(before).startswith("ok"):
                 continue
-        result = fork(judge_rows if arguments.rows else judge, name, arguments.out, arguments.limit)
+        result = fork(chosen, name, arguments.out, arguments.limit)
         print(f"{name:24} {result['seconds']:5.0f}s {verdict(result)[:1200]}", flush=True)
 
 

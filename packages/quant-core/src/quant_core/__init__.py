@@ -30,8 +30,10 @@ from quant_core.formats import (
 )
 from quant_core.judging import create_scheme
 from quant_core.schemes import params
-from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, AscendMoEScheme, Scheme
+from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, Scheme
 from quant_core.schemes.context import (
+    DOWN,
+    GATE_UP,
     AttentionContext,
     AttentionSizes,
     ExpertsContext,
@@ -42,11 +44,14 @@ from quant_core.schemes.context import (
     Partition,
     Shard,
 )
+from quant_core.schemes.experts import AscendMoEScheme
 from quant_core.schemes.params import Param
 from quant_core.schemes.registry import get_scheme_class, list_schemes, register_scheme, require_scheme_class
 from quant_core.stored import ActivationForm, Packing, StoredForm, StoredTensor, WeightForm
 
 __all__ = [
+    "DOWN",
+    "GATE_UP",
     "ActivationForm",
     "AscendAttentionScheme",
     "AscendLinearScheme",

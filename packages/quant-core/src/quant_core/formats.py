@@ -37,6 +37,7 @@ from typing import ClassVar, Self
 
 from quant_core.checkpoint import CheckpointFolder
 from quant_core.errors import CheckpointError, Finding, QuantError, RegistrationError
+from quant_core.expert_layers import experts_quant
 from quant_core.judging import create_scheme
 from quant_core.queries import Detection, Evidence, LayerQuant, LayerQuery
 from quant_core.schemes.base import Scheme
@@ -111,6 +112,16 @@ class QuantFormat(ABC):
 
         """
 
+    def experts_quant(self, query: LayerQuery) -> LayerQuant:
+        """How the experts of one layer are quantised, by what `layer_quant` says of their projections.
+
+        Raises:
+            UnknownLayerError: if the checkpoint lacks projections.
+            LayerResolutionError: if experts disagree, or only one half of them is quantised.
+
+        """
+        return experts_quant(self.layer_quant, query)
+
     def canonical_suffixes(self, form: StoredForm) -> Mapping[str, str | None]:
         """What the format calls otherwise: the canonical suffix of a module's tensors by the format's own one.
 
@@ -182,7 +193,7 @@ class QuantFormat(ABC):
             LayerResolutionError: as `layer_quant`.
 
         """
-        quant = self.layer_quant(query)
+        quant = self.experts_quant(query) if query.layer_type == "moe" else self.layer_quant(query)
         return None if quant.quant_type is None else create_scheme(query, quant)
 
 

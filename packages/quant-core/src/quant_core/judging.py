@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from quant_core.errors import Finding, LimitError, LoadError, QuantError, UnsupportedSchemeError
+from quant_core.expert_layers import experts_context, usual_form
 from quant_core.queries import LayerQuant, LayerQuery
 from quant_core.schemes.base import AscendLinearScheme, Scheme
 from quant_core.schemes.composed import compose, reasons_against
@@ -19,6 +20,7 @@ from quant_core.schemes.context import (
     LinearSizes,
     Shard,
 )
+from quant_core.schemes.experts import AscendMoEScheme, MixedExperts
 from quant_core.schemes.registry import require_scheme_class
 from quant_core.schemes.verify import verify_stored
 from quant_core.stored import StoredForm
@@ -34,6 +36,8 @@ def create_scheme(query: LayerQuery, quant: LayerQuant) -> Scheme:
 
     """
     assert quant.quant_type is not None
+    if quant.halves:
+        return _create_experts(query, quant)
     where = "; ".join(str(evidence) for evidence in quant.evidence[:3]) or None
     asked = query.name if where is None else f"{query.name} ({where})"
     scheme_class = require_scheme_class(quant.quant_type, query.layer_type, where=asked)
@@ -51,6 +55,34 @@ def create_scheme(query: LayerQuery, quant: LayerQuant) -> Scheme:
         verify_stored(scheme)
         _check_agreement(scheme.context)
     return scheme
+
+
+def _create_experts(query: LayerQuery, quant: LayerQuant) -> AscendMoEScheme:
+    """One scheme for both halves, or one for each."""
+    classes: dict[str, type[AscendMoEScheme]] = {}
+    for prefix, half in quant.halves.items():
+        assert half.quant_type is not None
+        found = require_scheme_class(half.quant_type, "moe", where=f"{query.name} ({half.evidence[0]})")
+        assert issubclass(found, AscendMoEScheme)
+        classes[prefix] = found
+    context = experts_context(query, quant, {prefix: found.linear for prefix, found in classes.items()})
+    schemes: dict[str, AscendMoEScheme] = {}
+    for found in dict.fromkeys(classes.values()):
+        own = {prefix: half for prefix, half in context.halves.items() if classes[prefix] is found}
+        served = replace(context, halves=own)
+        if reasons := found.can_serve(served):
+            raise UnsupportedSchemeError(
+                f"{query.name}: experts of the type {quant.quant_type} cannot be served here",
+                where="; ".join(str(quant.halves[prefix].evidence[0]) for prefix in own) or None,
+                found="; ".join(reasons),
+                layer=query.name,
+            )
+        schemes |= dict.fromkeys(own, found.create(served))
+    for prefix, scheme in schemes.items():
+        verify_stored(scheme.halves[prefix])
+        _check_agreement(scheme.halves[prefix].context)
+    first = next(iter(schemes.values()))
+    return first if first.halves.keys() == schemes.keys() else MixedExperts(context, schemes)
 
 
 def judge_modules(
@@ -108,7 +140,7 @@ def layer_context(query: LayerQuery, quant: LayerQuant, scheme_class: type[Schem
         LimitError: if the engine has more or fewer members than the checkpoint, or gave sizes of another kind of layer.
 
     """
-    quant = replace(quant, stored=tuple(_usual(form, scheme_class) for form in quant.stored))
+    quant = replace(quant, stored=tuple(usual_form(form, scheme_class) for form in quant.stored))
     common: dict[str, Any] = {
         "name": query.name,
         "params_dtype": query.params_dtype,
@@ -145,12 +177,6 @@ def layer_context(query: LayerQuery, quant: LayerQuant, scheme_class: type[Schem
     shards = tuple(Shard(*member) for member in zip(modules, sizes.output_sizes, local, strict=True))
     assert sizes.input_size is not None, "completed above"
     return LinearContext(shards=shards, input_size=sizes.input_size, has_bias=query.has_bias, **common)
-
-
-def _usual(form: StoredForm, scheme_class: type[Scheme] | None) -> StoredForm:
-    if form.weight is not None or scheme_class is None or not issubclass(scheme_class, AscendLinearScheme):
-        return form
-    return form if "get_weight" in scheme_class.declares else replace(form, weight=scheme_class.stores)
 
 
 _SIZES: dict[str, type[LinearSizes | ExpertSizes | AttentionSizes]] = {

@@ -39,6 +39,8 @@ class LayerQuery:
         layer_class: the class of the engine's module in the words of configs, whose targets may name it: `Linear`,
             `lm_head`, `Embedding`, `Attention`, or the name of a class of experts.
         modules: the checkpoint modules that the layer stands for, if the engine knows them.
+        experts: of a layer of experts, the modules of every expert over all ranks, by half (`w13_`, `w2_`), expert and
+            member.
         packed_modules: otherwise, how the engine fuses: last component of a fused module to those of its members.
         sizes: of the kind that the layer is of; None takes those of a linear layer from the files.
         params_dtype: the model's dtype.
@@ -52,6 +54,7 @@ class LayerQuery:
     name: str
     layer_type: str = "linear"
     modules: tuple[str, ...] = ()
+    experts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     packed_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sizes: LinearSizes | ExpertSizes | AttentionSizes | None = None
     params_dtype: torch.dtype = torch.bfloat16
@@ -72,6 +75,7 @@ class LayerQuant:
         stored: what the files hold for each of them, and how, as the format states it.
         evidence: the entries that decided.
         reason: why a float layer is one.
+        halves: of a layer of quantised experts, the answer about each half; `quant_type` then names the types of both.
 
     """
 
@@ -80,3 +84,4 @@ class LayerQuant:
     stored: tuple[StoredForm, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     reason: str = ""
+    halves: Mapping[str, "LayerQuant"] = field(default_factory=dict)

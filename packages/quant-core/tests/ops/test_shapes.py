@@ -5,19 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import expert_calls
 import pytest
 import torch
-from operator_calls import CALLS, DECODED, E8M0, bf16, f8, f16, f32, i8, int4, ones, u8, x
+from operator_calls import CALLS, DECODED, E8M0, bf16, f8, f16, f32, i8, int4, ones, operator_of, u8, x
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 npu = torch.ops.npu
 
-EVERY = CALLS | DECODED
+EVERY = CALLS | DECODED | expert_calls.CALLS | expert_calls.DECODED
 
 REAL = json.loads((Path(__file__).parent / "torch_npu_schemas.json").read_text())["meta_samples"]
 
 
 META_CALLS: dict[str, Callable[[], Any]] = {
+    **expert_calls.META_CALLS,
     "npu_kronecker_quant: bf16 (4,8,16) dst int32": lambda: npu.npu_kronecker_quant(
         x(4, 8, 16), x(8, 8), x(16, 16), dst_dtype=torch.int32
     ),
@@ -126,11 +128,11 @@ def test_meta_results_are_those_of_torch_npu(call: str) -> None:
 @pytest.mark.parametrize("call", EVERY)
 def test_a_fake_result_has_the_shape_dtype_and_strides_of_the_kernel_s(call: str) -> None:
     name, arguments, options = EVERY[call]
-    real = getattr(npu, name)(*arguments, **options)
+    real = operator_of(name)(*arguments, **options)
     mode = FakeTensorMode()
     to_fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (arguments, options))
     with mode:
-        fake = getattr(npu, name)(*to_fake[0], **to_fake[1])
+        fake = operator_of(name)(*to_fake[0], **to_fake[1])
     pairs = [(real, fake)] if isinstance(real, torch.Tensor) else list(zip(real, fake, strict=True))
     for a, b in pairs:
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
@@ -141,9 +143,10 @@ def test_opcheck(call: str) -> None:
     """Schema (nothing mutated, no argument returned), autograd keys, fake tensors, dynamic shapes."""
     name, arguments, options = EVERY[call]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments):
+    leaves = torch.utils._pytree.tree_leaves(arguments)
+    if any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in leaves):
         checks.remove("test_schema")  # it multiplies the arguments, which torch cannot in FP8
-    torch.library.opcheck(getattr(npu, name).default, arguments, options, test_utils=checks)
+    torch.library.opcheck(operator_of(name), arguments, options, test_utils=checks)
 
 
 @pytest.mark.parametrize("target", [f32, bf16, f16, torch.int32, torch.int8])
@@ -165,14 +168,14 @@ def test_dtype_arguments_work_eager_and_compiled(target: torch.dtype, compile_af
 @pytest.mark.parametrize("default", ["bfloat16", "meta"])
 def test_a_default_of_torch_does_not_leak_into_the_kernels(default: str) -> None:
     """Engines set a default dtype and a default device while they build a model."""
-    wants = [getattr(npu, name)(*arguments, **options) for name, arguments, options in EVERY.values()]
+    wants = [operator_of(name)(*arguments, **options) for name, arguments, options in EVERY.values()]
     before = torch.get_default_dtype()
     try:
         if default == "meta":
             torch.set_default_device("meta")
         else:
             torch.set_default_dtype(torch.bfloat16)
-        gots = [getattr(npu, name)(*arguments, **options) for name, arguments, options in EVERY.values()]
+        gots = [operator_of(name)(*arguments, **options) for name, arguments, options in EVERY.values()]
     finally:
         torch.set_default_dtype(before)
         torch.set_default_device(None)

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import expert_calls
+import operator_calls
 import pytest
-import torch
 from on_meta import on_meta, outline
-from operator_calls import CALLS
+from operator_calls import operator_of
 
-from quant_core.ops import shapes
+from quant_core import ops
 from quant_core.ops.schemas import SCHEMAS
+
+CALLS = operator_calls.CALLS | expert_calls.CALLS
 
 #: What torch_npu has no Meta kernel for: our fake function is all there is, and a compiled model needs it.
 WITHOUT_META = {
@@ -22,8 +25,7 @@ WITHOUT_META = {
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_schema_is_torch_npu_s(name: str, real: dict[str, Any]) -> None:
     assert f"npu::{name}{SCHEMAS[name]}" == real[name].schema
-    packet, _, overload = name.partition(".")
-    assert str(getattr(getattr(torch.ops.npu, packet), overload or "default")._schema) == real[name].schema
+    assert str(operator_of(name)._schema) == real[name].schema
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -39,8 +41,8 @@ def test_every_operator_has_a_sample_call(name: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_kernel_meta_kernel_and_fake_function_agree(call: str) -> None:
     name, arguments, options = CALLS[call]
-    operator = getattr(torch.ops.npu, name)
+    operator = operator_of(name)
     positional, named = on_meta((arguments, options))
     computed = outline(operator(*arguments, **options))
     assert computed == outline(operator(*positional, **named)), "torch_npu's Meta kernel says otherwise"
-    assert computed == outline(getattr(shapes, name)(*positional, **named)), "our fake function says otherwise"
+    assert computed == outline(ops.fake_function(name)(*positional, **named)), "our fake function says otherwise"

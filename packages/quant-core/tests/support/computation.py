@@ -9,11 +9,12 @@ def results() -> dict[str, list[Tensor]]:
     """The results of all sample calls, and of all linear schemes in all forms, dtypes and kinds of layer."""
     torch.set_num_threads(1)
     torch.manual_seed(20240229)
-    from operator_calls import CALLS  # draws its arguments
+    import expert_calls
+    import operator_calls  # both draw their arguments
 
     found = {}
-    for label, (name, arguments, options) in CALLS.items():
-        result = getattr(torch.ops.npu, name)(*arguments, **options)
+    for label, (name, arguments, options) in (operator_calls.CALLS | expert_calls.CALLS).items():
+        result = operator_calls.operator_of(name)(*arguments, **options)
         found[label] = [result] if isinstance(result, Tensor) else list(result)
     for label, form in forms().items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -9,6 +9,12 @@ import quant_core.ops  # noqa: F401 - defines the operators
 npu = torch.ops.npu
 
 
+def operator_of(name: str) -> Any:
+    """An operator of our table, whose name has an overload in it if that is not the default."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(npu, packet), overload or "default")
+
+
 def x(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """A floating input."""
     return torch.randn(shape).to(dtype)

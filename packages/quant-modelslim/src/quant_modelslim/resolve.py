@@ -2,6 +2,7 @@
 
 import difflib
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -21,6 +22,9 @@ from quant_modelslim.type_names import CACHE_SUFFIXES, FLOAT, FLOAT_TYPES
 
 #: Letters of a name that is compared with others: the time that it takes grows with their square.
 _LONGEST = 200
+
+#: Members of a fused layer, of which all are named.
+_FEW = 6
 
 #: Dtypes that no float tensor has.
 QUANTISED_DTYPES = frozenset({torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
@@ -83,9 +87,12 @@ def agreed_type(types: Mapping[str, str], layer: str) -> str:
 
     """
     if len(set(types.values())) > 1:
+        usual, count = Counter(types.values()).most_common(1)[0]
+        many = len(types) > _FEW  # experts: those that differ tell more than all of them
+        named = [f"{module} is {quant_type}" for module, quant_type in types.items() if not many or quant_type != usual]
         raise LayerResolutionError(
-            f"{layer}: the members of this fused layer have different types",
-            found=", ".join(f"{module} is {quant_type}" for module, quant_type in types.items()),
+            f"{layer}: the {'experts of this layer' if many else 'members of this fused layer'} have different types",
+            found=listing(named) + (f"; the other {count} are {usual}" if many else ""),
             expected="one type for all of them, since they are multiplied at once",
             todo="quantise the members alike, or leave all of them FLOAT",
         )

@@ -20,6 +20,7 @@ from quant_core.judging import judge_modules
 from quant_core.schemes.registry import LAYER_TYPES
 from quant_modelslim.description import ATTENTION_TYPE, Description
 from quant_modelslim.resolve import QUANTISED_DTYPES, dtype_name, is_float, smoothed, undescribed
+from quant_modelslim.siblings import examine_siblings
 from quant_modelslim.stating import canonical_suffixes, stated
 from quant_modelslim.type_names import FLOAT_TYPES, SIMULATED_RANKS, UNUSABLE
 from quant_modelslim.wrapped_norms import contradictions, is_wrapped_norm
@@ -53,6 +54,7 @@ def examine(folder: CheckpointFolder, description: Description) -> Iterator[Find
     yield from _leaving_the_folder(folder, description)
     yield from _undescribed(folder, description)
     yield from contradictions(folder)
+    yield from examine_siblings(description, folder.modules)
     told = {tensor.rpartition(".")[0] for tensor, _ in wrong} | _simulated(description) | _of_unknown_types(description)
     yield from _wrong_forms(folder, description, told)
 

@@ -11,10 +11,12 @@ from vllm_ascend_quant.__about__ import __version__
 if TYPE_CHECKING:
     from vllm_ascend_quant.config import AscendModelSlimConfig, AscendQuantizationConfig
     from vllm_ascend_quant.methods.embedding import AscendEmbeddingMethod
+    from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
     from vllm_ascend_quant.methods.linear import AscendLinearMethod
 
 __all__ = [
     "AscendEmbeddingMethod",
+    "AscendFusedMoEMethod",
     "AscendLinearMethod",
     "AscendModelSlimConfig",
     "AscendQuantizationConfig",
@@ -23,6 +25,7 @@ __all__ = [
 
 _MODULES = {
     "AscendEmbeddingMethod": "vllm_ascend_quant.methods.embedding",
+    "AscendFusedMoEMethod": "vllm_ascend_quant.methods.experts",
     "AscendLinearMethod": "vllm_ascend_quant.methods.linear",
     "AscendModelSlimConfig": "vllm_ascend_quant.config",
     "AscendQuantizationConfig": "vllm_ascend_quant.config",

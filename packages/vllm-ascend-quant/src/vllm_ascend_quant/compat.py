@@ -87,6 +87,27 @@ def latent_attention_class() -> type["nn.Module"]:
     return importlib.import_module("vllm.model_executor.layers.attention").MLAAttention  # type: ignore[no-any-return]
 
 
+def expert_map(layer: Any) -> Any:
+    """The place of each expert on this rank, -1 for those of others; None where all are here."""
+    return layer.expert_map_manager.expert_map if hasattr(layer, "expert_map_manager") else layer.expert_map
+
+
+def expert_names(layer: Any) -> tuple[str, ...]:
+    """What a layer calls gate, up and down of an expert in a checkpoint; nothing if it does not say."""
+    names = [getattr(layer, f"ckpt_{part}_proj_name", None) for part in ("gate", "up", "down")]
+    return tuple(name for name in names if name is not None)
+
+
+def unquantised_experts(config: Any) -> Any:
+    """vLLM's own method for experts."""
+    return importlib.import_module("vllm.model_executor.layers.fused_moe").UnquantizedFusedMoEMethod(config)
+
+
+def replace_expert_method(layer: Any, method: Any) -> None:
+    """Give a layer of experts another method."""
+    layer._replace_quant_method(method)
+
+
 def build_name(layer: Any) -> str:
     """What vLLM called a layer while it was built: vLLM 0.28 does not keep it for vocabulary layers."""
     return getattr(layer, "prefix", "")

@@ -52,6 +52,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         self.values_are_read = True
         self._mappers: list[Any] = []
         self._names: ModuleNames | None = None
+        self._numbered: Any = None  # see placement/experts.py
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class of a third party's format is made at run time, so it is found by the format's name.
@@ -125,7 +126,7 @@ class AscendQuantizationConfig(QuantizationConfig):
         """Remember how a model renames a checkpoint's modules. Called once per model class that has a mapper."""
         if hf_to_vllm_mapper not in self._mappers:
             self._mappers.append(hf_to_vllm_mapper)
-            self._names = None
+            self._names = self._numbered = None
 
     def get_quant_method(self, layer: nn.Module, prefix: str, **_: Any) -> QuantizeMethodBase | None:
         """The method for a layer under the name that vLLM gives it while the model is being built.
@@ -140,15 +141,18 @@ class AscendQuantizationConfig(QuantizationConfig):
         check_complete()
         from vllm_ascend_quant.methods.choice import QUANTISABLE, method_for
         from vllm_ascend_quant.methods.linear import layer_class
+        from vllm_ascend_quant.placement.experts import is_expert_layer
 
-        if not isinstance(layer, QUANTISABLE):
-            return None
         build = _build.get()
         config = self if build is None else build.config
-        if config is None or config.format is None:
-            return method_for(layer, prefix, None, None, False)
         name = prefix if build is None else without_prefix(prefix, build.prefix)
         made_up = build is not None and build.made_up
+        if is_expert_layer(layer):
+            return None if config is None else config._expert_method(layer, name, made_up)
+        if not isinstance(layer, QUANTISABLE):
+            return None
+        if config is None or config.format is None:
+            return method_for(layer, prefix, None, None, False)
         return method_for(layer, name, config.format, config.guess(name, layer_class(layer)), made_up)
 
     def guess(self, name: str, kind: str = "Linear") -> LayerQuant | None:
@@ -159,6 +163,20 @@ class AscendQuantizationConfig(QuantizationConfig):
         except LayerResolutionError:
             return None
 
+    def _expert_method(self, layer: nn.Module, name: str, made_up: bool) -> QuantizeMethodBase | None:
+        """The method of quantised experts under the name that vLLM gives them; None for float ones."""
+        from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
+        from vllm_ascend_quant.placement.experts import expert_modules, numbered_children
+
+        if self.format is None:
+            return None
+        if self._numbered is None:
+            self._numbered = numbered_children(self._renamed().stored_at)
+        found = expert_modules(layer, name, self._numbered, self.format)
+        if found is None or found[1].quant_type is None:
+            return None
+        return AscendFusedMoEMethod(layer, self.format, name, *found, made_up)
+
     def find(self, name: str) -> tuple[str, ...]:
         """The checkpoint modules behind a name, by the mappers and packed modules that vLLM handed over.
 
@@ -166,10 +184,14 @@ class AscendQuantizationConfig(QuantizationConfig):
             LayerResolutionError: if the checkpoint has only some members of a fused layer.
 
         """
+        return self._renamed().find(name, self.packed_modules_mapping)
+
+    def _renamed(self) -> ModuleNames:
+        """The checkpoint's modules by vLLM's names."""
         if self._names is None:
             assert self.format is not None
             self._names = ModuleNames.renamed(self.format.modules, self._rename)
-        return self._names.find(name, self.packed_modules_mapping)
+        return self._names
 
     def _rename(self, module: str) -> str | None:
         """A checkpoint's module name as vLLM's."""

@@ -90,6 +90,15 @@ class ServedModel:
         """The format's answer about checkpoint modules; raises as QuantFormat.layer_quant."""
         return self.format.layer_quant(LayerQuery(name, modules=tuple(modules), layer_class=layer_class))
 
+    def left_over(self) -> list[StoredForm]:
+        """The quantised modules that belong to no layer."""
+        claimed = {module for quant in self.layers.values() for module in quant.modules}
+        return [
+            form
+            for module, form in self.modules.items()
+            if module not in claimed and form.has("weight") and self.resolve(module, (module,)).quant_type is not None
+        ]
+
     def log_report(self) -> None:
         """One line per kind of layer."""
         kinds = Counter(quant.quant_type or "FLOAT" for quant in self.layers.values())

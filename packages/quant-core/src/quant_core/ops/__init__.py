@@ -13,8 +13,24 @@ from typing import Any
 
 import torch
 
-from quant_core.ops import shapes
-from quant_core.ops.cpu import float_matmul, int4, kronecker, layout, matmul, mx, quantize, weight_only
+from quant_core.ops import expert_shapes, grouped_shapes, shapes
+from quant_core.ops.cpu import (
+    activate_quant,
+    activation,
+    combine,
+    float_matmul,
+    gating,
+    grouped,
+    grouped_activation,
+    int4,
+    kronecker,
+    layout,
+    matmul,
+    mx,
+    quantize,
+    routing,
+    weight_only,
+)
 from quant_core.ops.schemas import SCHEMAS
 
 CPU_KERNELS: dict[str, Callable[..., Any]] = {
@@ -29,6 +45,19 @@ CPU_KERNELS: dict[str, Callable[..., Any]] = {
     "npu_dynamic_mx_quant": mx.npu_dynamic_mx_quant,
     "npu_dynamic_dual_level_mx_quant": mx.npu_dynamic_dual_level_mx_quant,
     "npu_dual_level_quant_matmul": float_matmul.npu_dual_level_quant_matmul,
+    "npu_moe_init_routing_v2": routing.npu_moe_init_routing_v2,
+    "npu_moe_token_permute": routing.npu_moe_token_permute,
+    "npu_moe_token_unpermute": combine.npu_moe_token_unpermute,
+    "npu_moe_finalize_routing": combine.npu_moe_finalize_routing,
+    "npu_moe_gating_top_k_softmax": gating.npu_moe_gating_top_k_softmax,
+    "npu_moe_gating_top_k": gating.npu_moe_gating_top_k,
+    "npu_swiglu": activation.npu_swiglu,
+    "npu_clipped_swiglu": activation.npu_clipped_swiglu,
+    "npu_dequant_swiglu_quant": activate_quant.npu_dequant_swiglu_quant,
+    "npu_grouped_matmul": grouped.npu_grouped_matmul,
+    "npu_grouped_matmul.List": grouped.npu_grouped_matmul,
+    "npu_grouped_matmul_swiglu_quant": grouped_activation.npu_grouped_matmul_swiglu_quant,
+    "npu_grouped_matmul_swiglu_quant_v2": grouped_activation.npu_grouped_matmul_swiglu_quant_v2,
 }
 
 #: torch_npu's version, or why its operators are not used.
@@ -59,17 +88,30 @@ def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
+def _is_defined(qualified: str) -> bool:
+    operator, _, overload = qualified.partition(".")
+    return any(schema.overload_name == overload for schema in torch._C._jit_get_schemas_for_operator(operator))
+
+
+def fake_function(name: str) -> Callable[..., Any]:
+    """The fake function of an operator of our table, which its overloads share."""
+    operator = name.partition(".")[0]
+    modules = (shapes, expert_shapes, grouped_shapes)
+    found: Callable[..., Any] = next(getattr(module, operator) for module in modules if hasattr(module, operator))
+    return found
+
+
 def _register() -> None:
     """Define and implement what is missing."""
     for name, schema in SCHEMAS.items():
         qualified = f"npu::{name}"
-        if not torch._C._jit_get_schemas_for_operator(qualified):
+        if not _is_defined(qualified):
             _library.define(name + schema)
         if not _has_kernel(qualified, "CPU"):
             _library.impl(name, CPU_KERNELS[name], "CPU")
         if not _has_kernel(qualified, "Meta"):
             # Not register_fake: it looks for its caller in the source files of all modules, 15 ms for each operator.
-            _library.impl(name, getattr(shapes, name), "Meta")
+            _library.impl(name, fake_function(name), "Meta")
 
 
 torch_npu_status = _import_torch_npu()

@@ -10,6 +10,10 @@ import torch
 FLOAT8_E8M0 = 293
 FLOAT4_E2M1 = 296
 
+#: torch's own.
+FLOAT8_E5M2 = 23
+FLOAT8_E4M3 = 24
+
 _BY_NUMBER: dict[int, torch.dtype] = {
     0: torch.uint8,
     1: torch.int8,
@@ -22,8 +26,8 @@ _BY_NUMBER: dict[int, torch.dtype] = {
     14: torch.qint32,
     15: torch.bfloat16,
     16: torch.quint4x2,
-    23: torch.float8_e5m2,
-    24: torch.float8_e4m3fn,
+    FLOAT8_E5M2: torch.float8_e5m2,
+    FLOAT8_E4M3: torch.float8_e4m3fn,
     44: torch.float8_e8m0fnu,
     45: torch.float4_e2m1fn_x2,
     291: torch.float8_e5m2,
@@ -31,6 +35,8 @@ _BY_NUMBER: dict[int, torch.dtype] = {
     FLOAT8_E8M0: torch.float8_e8m0fnu,
     FLOAT4_E2M1: torch.float4_e2m1fn_x2,
 }
+
+_NUMBERS = {dtype: number for number, dtype in _BY_NUMBER.items() if number < 256}
 
 
 def dtype_of(number: int | torch.dtype) -> torch.dtype:
@@ -45,3 +51,8 @@ def dtype_of(number: int | torch.dtype) -> torch.dtype:
     if number not in _BY_NUMBER:
         raise ValueError(f"dtype number {number} is not one that the CPU kernels know: {sorted(_BY_NUMBER)}")
     return _BY_NUMBER[number]
+
+
+def number_of(dtype: torch.dtype) -> int:
+    """The number of a dtype, torch's own."""
+    return _NUMBERS[dtype]

@@ -1,4 +1,4 @@
-"""The three kinds of scheme.
+"""What all schemes have in common, and those of linear layers and of attention; those of experts are in experts.py.
 
 A scheme says which tensors one quantisation type stores for one checkpoint module and what is computed with them. It
 knows no engine, no checkpoint format and no device library: it is told about its layer by a `LayerContext`, and
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from quant_core.devices import DEVICES, current_device
 from quant_core.errors import RegistrationError
-from quant_core.schemes.context import AttentionContext, ExpertsContext, LayerContext, LinearContext
+from quant_core.schemes.context import AttentionContext, LayerContext, LinearContext
 from quant_core.schemes.hooks import call_hook
 from quant_core.schemes.params import Param
 from quant_core.storage import FP8Storage, IntegerStorage, MicroscaledStorage, Storage, tensors_of
@@ -238,37 +238,6 @@ class AscendLinearScheme(Scheme):
         if self.stores is None:
             raise NotImplementedError(f"{type(self).__name__} needs calibration and cannot quantise by itself")
         return self.storage.quantize(weight)
-
-
-class AscendMoEScheme(Scheme):
-    """Quantised experts. Hooks are given the sizes of all local experts at once."""
-
-    context: ExpertsContext
-
-    @abstractmethod
-    def get_weight(
-        self, num_experts: int, intermediate_size_per_partition: int, hidden_size: int, params_dtype: torch.dtype
-    ) -> dict[str, Param]:
-        """`w13_weight` and `w2_weight`, experts first."""
-
-    def get_dynamic_quant_param(
-        self, num_experts: int, intermediate_size_per_partition: int, hidden_size: int, params_dtype: torch.dtype
-    ) -> dict[str, Param]:
-        """Scales and offsets of both, experts first."""
-        return {}
-
-    @abstractmethod
-    def apply(self, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **kwargs: Any) -> Tensor:
-        """The weighted sum over the chosen experts.
-
-        Args:
-            layer: holds the processed parameters.
-            x: [tokens, hidden].
-            topk_weights: [tokens, k] float32.
-            topk_ids: [tokens, k] global expert ids.
-            **kwargs: what the engine adds.
-
-        """
 
 
 class AscendAttentionScheme(Scheme):

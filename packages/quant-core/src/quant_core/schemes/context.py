@@ -1,7 +1,7 @@
 """What a scheme is told about the layer that it serves."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -36,7 +36,10 @@ class ExpertSizes:
         intermediate_size: features between the two halves of an expert, over all ranks.
         num_experts: experts over all ranks.
         local_experts: the global numbers of this rank's experts, in the order in which they are held.
-        activation: the engine's name of what lies between the halves.
+        activation: what lies between the halves, by the name that activations.py gives it.
+        limit: of the activation: how far its inputs are clipped; None for not at all.
+        alpha: of the activation: the factor inside its sigmoid.
+        beta: of the activation: what is added to its linear part.
         weight_on_input: whether a token is multiplied by its router's weight before the experts, not after them.
 
     """
@@ -46,6 +49,9 @@ class ExpertSizes:
     num_experts: int
     local_experts: tuple[int, ...] = ()
     activation: str = "silu"
+    limit: float | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
     weight_on_input: bool = False
 
 
@@ -173,12 +179,25 @@ class LinearContext(LayerContext):
         return self.stack or (tuple(shard.name for shard in self.shards),)
 
 
+#: The halves of an expert, by the prefix of their parameters: gate and up, fused; down.
+GATE_UP, DOWN = "w13_", "w2_"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertsContext(LayerContext):
-    """A layer of routed experts."""
+    """A layer of routed experts.
+
+    Attributes:
+        sizes: of the layer.
+        halves: the projections of all local experts, each kind as a stack of linear layers: gate and up fused under
+            `w13_`, down under `w2_`, which are the prefixes of their parameters. Of a layer whose halves are of two
+            types, a scheme is told its own half.
+
+    """
 
     layer_type: ClassVar[str] = "moe"
     sizes: ExpertSizes
+    halves: Mapping[str, LinearContext] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,19 +39,21 @@ def check_shared(context: LinearContext, name: str, copies: torch.Tensor) -> Non
         )
 
 
-def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[ParamLayout]) -> None:
+def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[ParamLayout], prefix: str = "") -> None:
     """Give `layer` the tensors that its scheme expects: one of each shared parameter, zeros for what the files lack.
 
-    Zeros are no parameters: an engine's reload would wait for weights of them.
+    Zeros are no parameters: an engine's reload would wait for weights of them. `prefix` stands before names on `layer`.
     """
     device = next((param.device for param in layer.parameters()), None)
     for layout in stored:
+        name = f"{prefix}{layout.name}"
         if layout.axis is None:
-            copies = layer.get_parameter(layout.name).data
-            replace_parameter(layer, layout.name, (copies[0] if layout.depth is None else copies[:, 0]).clone())
+            copies = layer.get_parameter(name).data
+            replace_parameter(layer, name, (copies[0] if layout.depth is None else copies[:, 0]).clone())
     for layout in absent:
-        if hasattr(layer, layout.name):  # from the last time; a parameter would not give way to a plain tensor
-            delattr(layer, layout.name)
+        name = f"{prefix}{layout.name}"
+        if hasattr(layer, name):  # from the last time; a parameter would not give way to a plain tensor
+            delattr(layer, name)
         members = None if layout.axis is not None else 0 if layout.depth is None else 1  # the axis of copies
         shape = [size for axis, size in enumerate(layout.shape) if axis != members]
-        setattr(layer, layout.name, torch.zeros(shape, dtype=layout.param.dtype, device=device))
+        setattr(layer, name, torch.zeros(shape, dtype=layout.param.dtype, device=device))

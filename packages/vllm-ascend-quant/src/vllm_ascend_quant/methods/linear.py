@@ -108,7 +108,7 @@ class AscendLinearMethod(LinearMethodBase):
             params_dtype=params_dtype,
             partition=_partition(layer),
             has_bias=getattr(layer, "has_bias", False),
-            role=_role(),
+            role=instance_role(),
             values_later=self.made_up,
         )
         self.quant = self.format.layer_quant(query)  # again: sizes may tell how something is packed
@@ -228,7 +228,7 @@ def _partition(layer: nn.Module) -> Partition:
     return Partition()
 
 
-def _role() -> Literal["prefill", "decode", "both"]:
+def instance_role() -> Literal["prefill", "decode", "both"]:
     """Which requests this instance serves, where prefill and decode are disaggregated."""
     transfer = get_current_vllm_config().kv_transfer_config
     role = None if transfer is None else transfer.kv_role

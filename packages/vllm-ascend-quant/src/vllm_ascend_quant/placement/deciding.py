@@ -5,8 +5,6 @@ or differs from the module's path, and the mapping of fused modules may be compl
 loader will put a tensor (paths.py), so layers that were decided otherwise are made again.
 """
 
-from collections.abc import Iterable
-
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
@@ -17,14 +15,14 @@ from quant_core import (
     LayerResolutionError,
     UnknownLayerError,
     raise_findings,
-    require_scheme_class,
 )
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.methods.choice import method_for
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, layer_class
-from vllm_ascend_quant.placement.paths import without_prefix
+from vllm_ascend_quant.placement.deciding_experts import decide_experts
+from vllm_ascend_quant.placement.paths import modules_with_paths, without_prefix
 from vllm_ascend_quant.placement.probing import ask_loader
 from vllm_ascend_quant.placement.tying import shared_tables, stored_apart, tie_again
 from vllm_ascend_quant.served_model import ServedModel
@@ -49,10 +47,9 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
 
     """
     unknown: dict[str, LinearBase] = {}
-    experts: dict[str, str] = {}
     remade = False
     tied = shared_tables(model)
-    for layer, places in _modules_with_paths(model):
+    for layer, places in modules_with_paths(model):
         if isinstance(layer, LinearBase):
             path, quant = _decide(layer, places, served, config, prefix)
             if quant is None:
@@ -61,10 +58,7 @@ def decide_layers(model: nn.Module, served: ServedModel, config: AscendQuantizat
             remade |= _apply_decision(path, layer, quant, served)
         elif isinstance(layer, VocabParallelEmbedding):
             remade |= _decide_vocabulary(layer, places, served)
-        elif isinstance(layer, compat.expert_layer_class()):
-            experts |= {compat.expert_prefix(layer, path): path for path in places}
-    for above, stored in served.paths.below(experts).items():
-        _refuse_quantised(served, experts[above], "moe", stored)
+    remade |= decide_experts(model, served)
     if unknown:
         remade |= _decide_left_over(model, unknown, served)
     tie_again(model, tied, served)
@@ -79,30 +73,6 @@ def _report(served: ServedModel) -> None:
         if finding.severity == "warning":
             logger.warning("%s", finding)
     raise_findings(findings)
-
-
-def _refuse_quantised(served: ServedModel, name: str, layer_type: str, modules: Iterable[str]) -> None:
-    """Refuse layers of a kind that no scheme serves yet, if the checkpoint quantises them.
-
-    Raises:
-        UnsupportedSchemeError: names type and layer.
-
-    """
-    for module in modules:
-        try:
-            quant = served.resolve(module, (module,))
-        except UnknownLayerError:
-            continue  # tensors that are no module's weight, and that the description leaves out
-        if quant.quant_type is not None:
-            require_scheme_class(quant.quant_type, layer_type, where=f"{name} ({quant.evidence[0]})")
-
-
-def _modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Each module once, with all its paths: models register one under several names, the loader uses any of them."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        found.setdefault(id(module), (module, []))[1].append(path)
-    return list(found.values())
 
 
 def _decide(
@@ -187,13 +157,7 @@ def _apply_decision(
 
 def _decide_left_over(model: nn.Module, unknown: dict[str, LinearBase], served: ServedModel) -> bool:
     """Layers without weights are the model's affair, unless its loader puts quantised weights there, or fails to."""
-    claimed = {module for quant in served.layers.values() for module in quant.modules}
-    left = [
-        form
-        for module, form in served.modules.items()
-        if module not in claimed and form.has("weight") and served.resolve(module, (module,)).quant_type is not None
-    ]
-    answer = ask_loader(model, unknown, left)
+    answer = ask_loader(model, unknown, served.left_over())
     remade = False
     for path, modules in answer.stored_at.items():
         remade |= _apply_decision(path, unknown.pop(path), served.resolve(path, modules), served)

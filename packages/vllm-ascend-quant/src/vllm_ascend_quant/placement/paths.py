@@ -120,6 +120,14 @@ def beside_weight(model: nn.Module, name: str) -> str:
     return wanted[0]
 
 
+def modules_with_paths(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Each module once, with all its paths: models register one under several names, the loader uses any of them."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), (module, []))[1].append(path)
+    return list(found.values())
+
+
 def packed_mappings(model: nn.Module) -> dict[str, PackedModules]:
     """The packed-modules mappings by the paths of the modules that have one."""
     found = (

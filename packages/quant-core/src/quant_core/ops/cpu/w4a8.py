@@ -56,12 +56,31 @@ def w4a8_matmul(
     weight, columns = int8_weight(x2, x1.shape[1]), fp19(scale)
     assert offset is not None
     assert pertoken_scale is not None
-    total = torch.zeros(x1.shape[0], weight.shape[1], dtype=torch.float32)
-    for group in range(scale.shape[0]):
-        part = slice(group * GROUP, (group + 1) * GROUP)
-        sums = int8_gemm(x1[:, part].contiguous(), weight[part]) - 8 * weight[part].sum(dim=0, dtype=torch.int32)
-        total += sums * columns[group]
-    return ((total + offset) * pertoken_scale).to(target)
+    return ((sum_of_groups(x1, weight, columns, shift=8) + offset) * pertoken_scale).to(target)
+
+
+def sum_of_groups(x1: Tensor, weight: Tensor, scale: Tensor, shift: int = 0) -> Tensor:
+    """Σ over groups of ((x1 - shift) @ weight) * scale.
+
+    Args:
+        x1: int8 [m, k].
+        weight: int8 [k, n].
+        scale: float32 [groups, n], groups of equal length.
+        shift: what is subtracted from x1.
+
+    Returns:
+        float32 [m, n].
+
+    """
+    total = torch.zeros(x1.shape[0], weight.shape[1], dtype=torch.float32, device="cpu")
+    length = x1.shape[1] // len(scale)
+    for group, columns in enumerate(scale):
+        part = slice(group * length, (group + 1) * length)
+        sums = int8_gemm(x1[:, part].contiguous(), weight[part])
+        if shift:
+            sums -= shift * weight[part].sum(dim=0, dtype=torch.int32)
+        total += sums * columns
+    return total
 
 
 def _check(

@@ -33,7 +33,8 @@ class AscendW4A4DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
         self._packed = whole and packed_at_run_time(self.context, _PACKED)
         process_int4_weight(layer, codes, self._packed)
 
-    def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of an input [tokens, in], packed where the weight is, and their scales [tokens]."""
         partition = self.context.partition
         if self._packed and partition.max_over_ranks is None:
             codes, scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.quint4x2)

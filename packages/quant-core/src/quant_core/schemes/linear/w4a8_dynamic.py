@@ -79,7 +79,7 @@ class AscendW4A8DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
         """Two operators: quantise, multiply."""
         if not self._packed:
             return super().apply(layer, x, bias, tp_rank)
-        codes, x_scale = self._quantise(x.reshape(-1, x.shape[-1]))
+        codes, x_scale = self.quantize_tokens(x.reshape(-1, x.shape[-1]))
         y: Tensor = torch.ops.npu.npu_quant_matmul(
             codes,
             tensor_of(layer, "weight"),

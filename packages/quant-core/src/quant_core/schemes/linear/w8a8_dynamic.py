@@ -46,7 +46,7 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply; per group one multiplication for each."""
-        codes, x_scale = self._quantise(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+        codes, x_scale = self.quantize_tokens(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
         weight, scale = tensor_of(layer, "weight"), tensor_of(layer, "weight_scale")
         if scale.dim() == 1:
             y: Tensor = torch.ops.npu.npu_quant_matmul(
@@ -60,7 +60,8 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
     def _process_weight(self, layer: nn.Module, codes: Tensor) -> None:
         process_int8_weight(layer, codes)
 
-    def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of an input [tokens, in] and their scales [tokens]."""
         partition = self.context.partition
         if partition.max_over_ranks is None:
             codes, scale = torch.ops.npu.npu_dynamic_quant(rows)

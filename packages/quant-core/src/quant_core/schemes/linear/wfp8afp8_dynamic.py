@@ -41,7 +41,7 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply."""
-        codes, x_scale = self._quantise(x.reshape(-1, x.shape[-1]))
+        codes, x_scale = self.quantize_tokens(x.reshape(-1, x.shape[-1]))
         y: Tensor = torch.ops.npu.npu_quant_matmul(
             codes,
             tensor_of(layer, "weight"),
@@ -52,7 +52,8 @@ class AscendW8A8FP8DynamicLinearMethod(AscendLinearScheme):
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of an input [tokens, in] and their scales [tokens]."""
         partition = self.context.partition
         if partition.max_over_ranks is None:
             codes, scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.float8_e4m3fn)

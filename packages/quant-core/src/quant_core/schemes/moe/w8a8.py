@@ -1,0 +1,60 @@
+"""W8A8 experts: int8 weights, activations quantised with a scale and zero point of each expert, from calibration."""
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import LimitError
+from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.experts import AscendMoEScheme, grouped
+from quant_core.schemes.linear.w8a8 import AscendW8A8LinearMethod
+from quant_core.schemes.params import replace_parameter, tensor_of
+from quant_core.schemes.registry import register_scheme
+from quant_core.schemes.routing import Codes, Rows
+
+
+@register_scheme("W8A8", "moe")
+@register_scheme("W8A8S", "moe")
+class AscendW8A8MoEMethod(AscendMoEScheme):
+    """Each product as in a linear layer of this type.
+
+    Run time, of E experts on this rank:
+        w13_weight, w2_weight: int8 [E, in, out]
+        w13_input_scale, w13_input_offset, w2_input_scale, w2_input_offset: float32 [E]
+        w13_deq_scale, w2_deq_scale: float32 [E, out], encoded int64 for float16 results
+        w13_quant_bias, w2_quant_bias: int32 [E, out]
+    """
+
+    granularity = ("per channel",)
+    linear = AscendW8A8LinearMethod
+    before_routing = False
+
+    def process_one(self, linear: AscendLinearScheme, module: nn.Module) -> None:
+        """As the linear scheme does.
+
+        Raises:
+            LimitError: if gate and up have input scales of their own, though their input is the same.
+
+        """
+        linear.process_weights_after_loading(module)
+        if len(tensor_of(module, "input_scale")) > 1:
+            raise LimitError(
+                f"{linear.context.name}: gate and up of an expert have different input scales",
+                where=" and ".join(f"{name}.input_scale" for names in linear.context.modules for name in names),
+                found=tensor_of(module, "input_scale").tolist(),
+                expected="one, since they are multiplied at once",
+                todo="quantise them with common activations, or as W8A8_DYNAMIC",
+            )
+        for name in ("input_scale", "input_offset"):
+            replace_parameter(module, name, tensor_of(module, name)[0])
+
+    def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
+        """Rows with the scale and zero point of their expert; what lies behind the last expert's takes that one's."""
+        assert counts is not None
+        places = torch.arange(len(x), device=x.device)
+        experts = torch.searchsorted(counts.cumsum(0), places, right=True).clamp(max=len(counts) - 1)
+        scale, offset = (tensor_of(layer, f"{half}{name}")[experts] for name in ("input_scale", "input_offset"))
+        return torch.ops.npu.npu_quantize(x, scale, offset, torch.qint8, 0, True), None
+
+    def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """One operator."""
+        return grouped(layer, half, rows, scale="deq_scale", bias="quant_bias", output_dtype=dtype)
