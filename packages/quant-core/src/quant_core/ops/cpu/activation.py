@@ -50,9 +50,7 @@ def npu_clipped_swiglu(
 
     """
     if interleaved and dim not in (-1, x.dim() - 1):
-        raise NotImplementedError(
-            f"npu_clipped_swiglu: the CPU kernel has interleaved values on the last axis, not {dim}"
-        )
+        raise NotImplementedError(f"npu_clipped_swiglu: the CPU kernel has no interleaved values on axis {dim}")
     whole = None if group_index is None else int(group_index.sum())
     return _activated("npu_clipped_swiglu", x, dim, clipped(alpha, limit, bias, interleaved), whole)
 
