@@ -78,9 +78,8 @@ def npu_dequant_swiglu_quant(
             f"npu_dequant_swiglu_quant: x is {x.dtype}, weight_scale given: {weight_scale is not None}, "
             f"activation_scale given: {activation_scale is not None}; int32 sums have scales, floating values none"
         )
-    if swiglu_mode == 0:
-        activation = silu_of_left if activate_left else silu_of_right
-    else:
+    activation: Activation = silu_of_left if activate_left else silu_of_right
+    if swiglu_mode != 0:
         activation = clipped(glu_alpha, clamp_limit, glu_bias, swiglu_mode == 1, activate_left or swiglu_mode == 1)
     groups = [Group(0, slice(0, len(x)))] if len(x) else []
     if group_index is not None:

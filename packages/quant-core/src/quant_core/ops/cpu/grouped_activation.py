@@ -103,7 +103,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
         NotImplementedError: for modes that the CPU kernel does not have.
 
     """
-    modes, target = (dequant_mode, quant_mode), torch.int8 if quant_dtype is None else dtype_of(quant_dtype)
+    modes, target = (dequant_mode or 0, quant_mode or 0), torch.int8 if quant_dtype is None else dtype_of(quant_dtype)
     known = {(0, 0): (torch.int8,), (2, 2): (torch.float8_e4m3fn, torch.float8_e5m2)}
     if dequant_dtype != number_of(torch.float32) or target not in known.get(modes, ()):
         raise NotImplementedError(

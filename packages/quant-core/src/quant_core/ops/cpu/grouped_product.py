@@ -117,6 +117,7 @@ class Experts:
                 f"npu_grouped_matmul: the scale of int8 {list(x.shape)} x {weight.dtype} {list(weight.shape)} is "
                 f"{scale.dtype} {list(scale.shape)}, expected {'int64' if shift else 'float32'} [groups, n]"
             )
+        added = torch.zeros(1, dtype=torch.float32, device="cpu") if bias is None else bias
         if token_scale is None or (shift and bias is None):
             raise ValueError(
                 "npu_grouped_matmul: int8 x int4 needs per_token_scale, and the bias 8 Σ w · scale: the device "
@@ -125,11 +126,8 @@ class Experts:
         if shift:
             # The low half of each int64 is a float32. npu_quant_matmul shortens it to 19 bits; here nobody says so.
             weight, scale = int8_weight(weight, x.shape[1]), scale.to(torch.int32).view(torch.float32)
-        sums = sum_of_groups(x, weight, scale.to(torch.float32), shift)
-        if shift:
-            sums += bias
-        sums *= token_scale.reshape(-1, 1)
-        return (sums if shift or bias is None else sums.add_(bias)).to(self.target)
+            return ((sum_of_groups(x, weight, scale, shift) + added) * token_scale.reshape(-1, 1)).to(self.target)
+        return (sum_of_groups(x, weight, scale.to(torch.float32)) * token_scale.reshape(-1, 1) + added).to(self.target)
 
     def _codes(self, expert: int, x: Tensor, weight: Tensor, bias: Tensor | None, token_scale: Tensor | None) -> Tensor:
         scale, scale_dtype = self.of(self.scale, expert), self.scale_dtype

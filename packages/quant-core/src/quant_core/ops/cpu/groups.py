@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def groups_of(
         ValueError: for a list that is not one of these.
 
     """
-    listed = group_list.tolist() if isinstance(group_list, Tensor) else list(group_list)
+    listed: list[Any] = group_list.tolist() if isinstance(group_list, Tensor) else list(group_list)
     if list_type == PAIRS:
         counted = [(int(expert), int(count)) for expert, count in listed]
         if any(count and not 0 <= expert < experts for expert, count in counted):
