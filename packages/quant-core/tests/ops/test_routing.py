@@ -17,6 +17,7 @@ CHOICES = {
     "some experts without tokens": torch.tensor([[0, 3], [3, 7], [0, 7], [7, 3], [3, 0]]),
     "all tokens on one expert": torch.full((5, 1), 2),
     "no tokens": torch.zeros(0, 2, dtype=torch.int64),
+    "many tokens": torch.arange(100).view(50, 2) * 7 % 10 - 1,
     "experts that are not here": torch.tensor([[-1, 5], [5, -1], [7, 2], [-1, -1]]),
 }
 

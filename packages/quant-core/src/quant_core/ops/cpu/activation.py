@@ -6,11 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quant_core.ops.cpu.groups import ROWS
+
 #: float32 [..., 2 h] to [..., h].
 Activation = Callable[[Tensor], Tensor]
-
-#: Rows that are computed at a time: their float32 values stay in the cache.
-ROWS = 64
 
 
 def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
