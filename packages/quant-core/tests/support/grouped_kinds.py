@@ -65,17 +65,32 @@ def int8(m: int, bias: torch.dtype = torch.float32) -> Kind:
     return Kind(codes(m, K), weight, linear, given, torch.rand(m), {"output_dtype": torch.bfloat16})
 
 
-def static(m: int) -> Kind:
+def static(m: int, bias: bool = True) -> Kind:
     """W8A8: no scales of rows, and a float16 result has shortened ones."""
     kind = int8(m, torch.int32)
+    given = {name: each for name, each in kind.given.items() if bias or name != "bias"}
 
     def linear(rows: Tensor, e: int, tokens: Tensor | None) -> Tensor:
+        added = given["bias"][e] if bias else None
         result: Tensor = npu.npu_quant_matmul(
-            rows, kind.weight[e], kind.given["scale"][e], bias=kind.given["bias"][e], output_dtype=torch.float16
+            rows, kind.weight[e], given["scale"][e], bias=added, output_dtype=torch.float16
         )
         return result
 
-    return Kind(kind.x, kind.weight, linear, kind.given, None, {"output_dtype": torch.float16})
+    return Kind(kind.x, kind.weight, linear, given, None, {"output_dtype": torch.float16})
+
+
+def without_bias(kind: Kind) -> Kind:
+    """The same of a layer without one."""
+    scale = kind.given["scale"]
+
+    def linear(rows: Tensor, e: int, tokens: Tensor | None) -> Tensor:
+        result: Tensor = npu.npu_quant_matmul(
+            rows, kind.weight[e], scale[e], pertoken_scale=tokens, output_dtype=torch.bfloat16
+        )
+        return result
+
+    return Kind(kind.x, kind.weight, linear, {"scale": scale}, kind.tokens, kind.options)
 
 
 def sums(m: int) -> Kind:
@@ -169,6 +184,8 @@ KINDS: dict[str, Callable[[int], Kind]] = {
     "int8": int8,
     "int8, int32 bias": lambda m: int8(m, torch.int32),
     "int8 without scales of rows": static,
+    "int8 without scales of rows or a bias": lambda m: static(m, bias=False),
+    "int8 without a bias": lambda m: without_bias(int8(m)),
     "int8 to sums": sums,
     "int4": int4,
     "int8 weights only": weight_only,
