@@ -45,6 +45,16 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.ones(shape, dtype=dtype)
 
 
+def numbers(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Group lists and the like."""
+    return torch.tensor(values, dtype=dtype)
+
+
+def stacked(values: torch.Tensor) -> torch.Tensor:
+    """Weights [E, n, k] as the view [E, k, n]."""
+    return values.transpose(1, 2)
+
+
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 E8M0 = {"scale_dtype": 293, "pertoken_scale_dtype": 293}
 MXFP4 = {"x1_dtype": 296, "x2_dtype": 296, "group_sizes": [1, 1, 32]}

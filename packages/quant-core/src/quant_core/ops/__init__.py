@@ -60,6 +60,14 @@ CPU_KERNELS: dict[str, Callable[..., Any]] = {
     "npu_grouped_matmul_swiglu_quant_v2": grouped_activation.npu_grouped_matmul_swiglu_quant_v2,
 }
 
+#: Operators that take weights of torch's layout `_mkldnn` on CPU, see cpu/packed.py.
+TAKE_PACKED_WEIGHTS = {
+    "npu_quant_matmul",
+    "npu_grouped_matmul",
+    "npu_grouped_matmul.List",
+    "npu_grouped_matmul_swiglu_quant_v2",
+}
+
 #: torch_npu's version, or why its operators are not used.
 torch_npu_status: str = ""
 
@@ -109,6 +117,8 @@ def _register() -> None:
             _library.define(name + schema)
         if not _has_kernel(qualified, "CPU"):
             _library.impl(name, CPU_KERNELS[name], "CPU")
+        if name in TAKE_PACKED_WEIGHTS and not _has_kernel(qualified, "MkldnnCPU"):
+            _library.impl(name, CPU_KERNELS[name], "MkldnnCPU")
         if not _has_kernel(qualified, "Meta"):
             # Not register_fake: it looks for its caller in the source files of all modules, 15 ms for each operator.
             _library.impl(name, fake_function(name), "Meta")

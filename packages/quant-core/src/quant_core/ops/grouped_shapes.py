@@ -1,6 +1,7 @@
 """Fake functions of the products of many experts, equal to torch_npu's Meta kernels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def _columns(x: Tensor, weight: Tensor, x_dtype: int | None, weight_dtype: int |
     return weight.shape[-1] * (packed if weight.shape[-2] == k else 1)
 
 
-def _rows(group_list: Tensor | Sequence[int], list_type: int | None, count: int) -> list[int]:
+def _rows(group_list: Tensor | Sequence[int], list_type: int | None, count: int) -> list[Any]:
     """How many rows each expert has, which is not known of a tensor."""
     if isinstance(group_list, Tensor):
         context = torch.library.get_ctx()

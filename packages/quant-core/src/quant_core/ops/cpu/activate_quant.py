@@ -6,12 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant_core.ops.cpu.activation import ROWS, Activation, clipped, silu_of_left, silu_of_right
-from quant_core.ops.cpu.groups import COUNTS, Group, batches_of, end_of, groups_of
+from quant_core.ops.cpu.activation import Activation, clipped, silu_of_left, silu_of_right
+from quant_core.ops.cpu.groups import COUNTS, ROWS, Group, OfExpert, batches_of, end_of, groups_of, of_rows
 from quant_core.ops.cpu.quantize import npu_dynamic_quant
-
-#: An operand of one expert, or None.
-OfExpert = Callable[[int], Tensor | None]
 
 
 def npu_dequant_swiglu_quant(
@@ -78,9 +75,8 @@ def npu_dequant_swiglu_quant(
             f"npu_dequant_swiglu_quant: x is {x.dtype}, weight_scale given: {weight_scale is not None}, "
             f"activation_scale given: {activation_scale is not None}; int32 sums have scales, floating values none"
         )
-    if swiglu_mode == 0:
-        activation = silu_of_left if activate_left else silu_of_right
-    else:
+    activation: Activation = silu_of_left if activate_left else silu_of_right
+    if swiglu_mode != 0:
         activation = clipped(glu_alpha, clamp_limit, glu_bias, swiglu_mode == 1, activate_left or swiglu_mode == 1)
     groups = [Group(0, slice(0, len(x)))] if len(x) else []
     if group_index is not None:
@@ -142,7 +138,7 @@ def activate_and_quantise(
     scales = torch.empty(shape[0], dtype=torch.float32, device="cpu")
     for batch in batches_of(groups, ROWS):
         found, first = values(batch), batch[0].rows.start
-        columns, smooth = _of_rows(batch, given.columns), _of_rows(batch, given.smooth)
+        columns, smooth = of_rows(batch, given.columns), of_rows(batch, given.smooth)
         for start in range(0, len(found), ROWS):
             block = found[start : start + ROWS]
             rows = slice(first + start, first + start + len(block))
@@ -155,16 +151,3 @@ def activate_and_quantise(
             codes[rows], scales[rows] = npu_dynamic_quant(activated if smooth is None else activated * smooth)
     codes[end_of(groups) :], scales[end_of(groups) :] = 0, 0
     return codes, scales
-
-
-def _of_rows(batch: Sequence[Group], of_expert: OfExpert) -> Tensor | None:
-    """What an expert has, float32 [n]; of several experts for each of their rows [r, n]."""
-    found = [of_expert(expert) for expert, _ in batch]
-    if len(found) == 1:
-        return None if found[0] is None else found[0].to(torch.float32)
-    rows = [
-        one.expand(group.stop - group.start, -1)
-        for one, (_, group) in zip(found, batch, strict=True)
-        if one is not None
-    ]
-    return torch.cat(rows).to(torch.float32) if rows else None

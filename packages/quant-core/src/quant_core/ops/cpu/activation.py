@@ -6,11 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quant_core.ops.cpu.groups import ROWS
+
 #: float32 [..., 2 h] to [..., h].
 Activation = Callable[[Tensor], Tensor]
-
-#: Rows that are computed at a time: their float32 values stay in the cache.
-ROWS = 64
 
 
 def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
@@ -50,9 +49,7 @@ def npu_clipped_swiglu(
 
     """
     if interleaved and dim not in (-1, x.dim() - 1):
-        raise NotImplementedError(
-            f"npu_clipped_swiglu: the CPU kernel has interleaved values on the last axis, not {dim}"
-        )
+        raise NotImplementedError(f"npu_clipped_swiglu: the CPU kernel has no interleaved values on axis {dim}")
     whole = None if group_index is None else int(group_index.sum())
     return _activated("npu_clipped_swiglu", x, dim, clipped(alpha, limit, bias, interleaved), whole)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant_core.ops.cpu.grouped_product import Experts, Operand
-from quant_core.ops.cpu.groups import Group, end_of, groups_of
+from quant_core.ops.cpu.groups import ROWS, Group, batches_of, end_of, groups_of
 from quant_core.ops.dtypes import dtype_of
 
 
@@ -119,13 +119,15 @@ def grouped_product(experts: Experts, x: Tensor, token_scale: Tensor | None, gro
 
     """
     result = None
-    for expert, rows in groups:
-        product = experts.product(expert, x[rows], None if token_scale is None else token_scale[rows])
+    shortened = token_scale is None and experts.target == torch.float16  # scales, by the matmul unit
+    together = experts.target.is_floating_point and not shortened and experts.multiplies_plainly(x)
+    for batch in batches_of(groups, ROWS if together else 0):
+        product = experts.products(batch, x, token_scale)
         if result is None:
-            if product.shape[0] == len(x):
+            if len(product) == len(x):
                 return product
             result = torch.empty(len(x), product.shape[1], dtype=product.dtype, device="cpu")
-        result[rows] = product
+        result[batch[0].rows.start : batch[-1].rows.stop] = product
     if result is None:  # nobody has rows; one product of none tells the shape
         nothing = experts.product(0, x[:0], None if token_scale is None else token_scale[:0])
         return torch.zeros(len(x), nothing.shape[1], dtype=nothing.dtype, device="cpu")

@@ -103,7 +103,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
         NotImplementedError: for modes that the CPU kernel does not have.
 
     """
-    modes, target = (dequant_mode, quant_mode), torch.int8 if quant_dtype is None else dtype_of(quant_dtype)
+    modes, target = (dequant_mode or 0, quant_mode or 0), torch.int8 if quant_dtype is None else dtype_of(quant_dtype)
     known = {(0, 0): (torch.int8,), (2, 2): (torch.float8_e4m3fn, torch.float8_e5m2)}
     if dequant_dtype != number_of(torch.float32) or target not in known.get(modes, ()):
         raise NotImplementedError(
@@ -142,20 +142,19 @@ def _to_int8(
     smooth: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Each expert's product, activated and quantised per token: codes and scales."""
-    scaled = Experts(weight, torch.float32, assist, weight_scale)
-    scale = scaled.of(weight_scale, 0)
-    per_channel = scale is not None and scale.numel() == scale.shape[-1] and x.dtype == weight[0].dtype
-    if per_channel and assist is not None:
+    experts = Experts(weight, torch.float32, assist, weight_scale)
+    plain = experts.multiplies_plainly(x)
+    if assist is not None and x.dtype == weight[0].dtype:
         raise NotImplementedError("npu_grouped_matmul_swiglu_quant: the CPU kernel has no bias of int8 weights")
-    product = Experts(weight, torch.int32).product if per_channel else scaled.product
-
-    def values(batch: Sequence[Group]) -> Tensor:
-        found = [product(expert, x[rows], None if per_channel else x_scale[rows]) for expert, rows in batch]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
     scales = Scales(
-        lambda expert: scaled.of(weight_scale, expert) if per_channel else None,
-        x_scale if per_channel else None,
+        lambda expert: experts.of(weight_scale, expert) if plain else None,
+        x_scale if plain else None,
         lambda expert: None if smooth is None else smooth[expert].reshape(-1),
     )
+
+    def values(batch: Sequence[Group]) -> Tensor:
+        if plain:
+            return experts.sums(batch, x)
+        return torch.cat([experts.product(expert, x[rows], x_scale[rows]) for expert, rows in batch])
+
     return activate_and_quantise(groups, values, (len(x), weight_scale[0].shape[-1] // 2), silu_of_left, scales)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant_core.ops.cpu.groups import Group, of_rows
 from quant_core.ops.cpu.int4 import int8_weight
-from quant_core.ops.cpu.matmul import npu_quant_matmul
+from quant_core.ops.cpu.int8_gemm import int8_gemm
+from quant_core.ops.cpu.matmul import npu_quant_matmul, scaled
+from quant_core.ops.cpu.packed import packed_product
 from quant_core.ops.cpu.w4a8 import sum_of_groups
 from quant_core.ops.cpu.weight_only import npu_weight_quant_batchmatmul
 from quant_core.ops.dtypes import FLOAT8_E8M0, number_of
@@ -15,6 +18,7 @@ from quant_core.ops.dtypes import FLOAT8_E8M0, number_of
 #: An operand of all experts: one tensor for each, or a single one with a leading axis of experts.
 Operand = Sequence[Tensor] | None
 
+#: Dtypes of rows that carry FP8 or FP4.
 _CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
 
 
@@ -61,6 +65,44 @@ class Experts:
             return None
         single = len(operand) == 1 and (self._stacked or len(self.weight) > 1)
         return operand[0][expert] if single else operand[expert]
+
+    def multiplies_plainly(self, x: Tensor) -> bool:
+        """Whether rows and weights are int8, with a floating scale for each column."""
+        scale = self.of(self.scale, 0)
+        plain = scale is not None and scale.is_floating_point() and scale.numel() == scale.shape[-1]
+        return plain and x.dtype == self.weight[0].dtype == torch.int8 and not self.bias
+
+    def sums(self, batch: Sequence[Group], x: Tensor) -> Tensor:
+        """The unscaled products of neighbouring groups that are multiplied plainly: int32, or float32 of packed ones.
+
+        Args:
+            batch: the groups.
+            x: the rows of all groups.
+
+        """
+        found = []
+        for expert, rows in batch:
+            weight = self.of(self.weight, expert)
+            assert weight is not None
+            found.append(packed_product(x[rows], weight) if weight.is_mkldnn else int8_gemm(x[rows], weight))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def products(self, batch: Sequence[Group], x: Tensor, token_scale: Tensor | None) -> Tensor:
+        """The products of neighbouring groups, one below the other.
+
+        Args:
+            batch: the groups; several only if they are multiplied plainly, as then they are scaled together.
+            x: the rows of all groups.
+            token_scale: of all rows.
+
+        """
+        rows = slice(batch[0].rows.start, batch[-1].rows.stop)
+        tokens = None if token_scale is None else token_scale[rows]
+        if len(batch) == 1:
+            return self.product(batch[0].expert, x[rows], tokens)
+        columns = of_rows(batch, lambda expert: self.of(self.scale, expert))
+        assert columns is not None
+        return scaled(self.sums(batch, x), columns, tokens, None, self.target)
 
     def product(self, expert: int, x: Tensor, token_scale: Tensor | None) -> Tensor:
         """Rows of an expert times its weight, with all that belongs to it.
@@ -117,6 +159,7 @@ class Experts:
                 f"npu_grouped_matmul: the scale of int8 {list(x.shape)} x {weight.dtype} {list(weight.shape)} is "
                 f"{scale.dtype} {list(scale.shape)}, expected {'int64' if shift else 'float32'} [groups, n]"
             )
+        added = torch.zeros(1, dtype=torch.float32, device="cpu") if bias is None else bias
         if token_scale is None or (shift and bias is None):
             raise ValueError(
                 "npu_grouped_matmul: int8 x int4 needs per_token_scale, and the bias 8 Σ w · scale: the device "
@@ -125,11 +168,8 @@ class Experts:
         if shift:
             # The low half of each int64 is a float32. npu_quant_matmul shortens it to 19 bits; here nobody says so.
             weight, scale = int8_weight(weight, x.shape[1]), scale.to(torch.int32).view(torch.float32)
-        sums = sum_of_groups(x, weight, scale.to(torch.float32), shift)
-        if shift:
-            sums += bias
-        sums *= token_scale.reshape(-1, 1)
-        return (sums if shift or bias is None else sums.add_(bias)).to(self.target)
+            return ((sum_of_groups(x, weight, scale, shift) + added) * token_scale.reshape(-1, 1)).to(self.target)
+        return (sum_of_groups(x, weight, scale.to(torch.float32)) * token_scale.reshape(-1, 1) + added).to(self.target)
 
     def _codes(self, expert: int, x: Tensor, weight: Tensor, bias: Tensor | None, token_scale: Tensor | None) -> Tensor:
         scale, scale_dtype = self.of(self.scale, expert), self.scale_dtype

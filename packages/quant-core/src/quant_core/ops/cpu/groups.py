@@ -1,13 +1,20 @@
 """Which rows belong to which expert (docs/operators.md, section 6)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 #: How a group list says how many rows each expert has.
 CUMULATIVE, COUNTS, PAIRS = 0, 1, 2
+
+#: Rows of which float32 values are computed at a time: they stay in the cache.
+ROWS = 64
+
+#: An operand of one expert, or None.
+OfExpert = Callable[[int], Tensor | None]
 
 
 class Group(NamedTuple):
@@ -34,7 +41,7 @@ def groups_of(
         ValueError: for a list that is not one of these.
 
     """
-    listed = group_list.tolist() if isinstance(group_list, Tensor) else list(group_list)
+    listed: list[Any] = group_list.tolist() if isinstance(group_list, Tensor) else list(group_list)
     if list_type == PAIRS:
         counted = [(int(expert), int(count)) for expert, count in listed]
         if any(count and not 0 <= expert < experts for expert, count in counted):
@@ -75,3 +82,16 @@ def batches_of(groups: Sequence[Group], most: int) -> Iterator[Sequence[Group]]:
 def end_of(groups: Sequence[Group]) -> int:
     """Where the rows that belong to an expert end."""
     return int(groups[-1].rows.stop) if groups else 0
+
+
+def of_rows(batch: Sequence[Group], of_expert: OfExpert) -> Tensor | None:
+    """What an expert has, float32 [n]; of several experts for each of their rows [r, n]."""
+    found = [of_expert(expert) for expert, _ in batch]
+    if len(found) == 1:
+        return None if found[0] is None else found[0].to(torch.float32)
+    rows = [
+        one.expand(group.stop - group.start, -1)
+        for one, (_, group) in zip(found, batch, strict=True)
+        if one is not None
+    ]
+    return torch.cat(rows).to(torch.float32) if rows else None

@@ -4,15 +4,14 @@ import torch
 from torch import Tensor
 
 from quant_core.ops.cpu.float_matmul import float_matmul
+from quant_core.ops.cpu.groups import ROWS
 from quant_core.ops.cpu.int4 import int8_operands
 from quant_core.ops.cpu.int4_gemm import int4_gemm, takes
 from quant_core.ops.cpu.int8_gemm import int8_gemm
+from quant_core.ops.cpu.packed import packed_product
 from quant_core.ops.cpu.quantize import fp19, saturated
 from quant_core.ops.cpu.w4a8 import w4a8_matmul
 from quant_core.ops.dtypes import dtype_of
-
-# Rows whose sums are scaled at a time.
-_ROWS = 64
 
 _TARGETS = (torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)
 
@@ -38,7 +37,7 @@ def npu_quant_matmul(
     Args:
         x1: int8 [..., m, k], or int4 in int32 [..., m, k / 8].
         x2: int8 [..., k, n], or int4 in int32 [..., k / 8, n] or [..., k, n / 8]. Of an int8 x1 and an int4 x2,
-            w4a8.py says what is computed; of FP8 and FP4 operands float_matmul.py.
+            w4a8.py says what is computed; of FP8 and FP4 operands float_matmul.py. Ours: what packed.py makes of int8.
         scale: one or n values; float32, bfloat16, or int64 as `npu_trans_quant_param` encodes it.
         offset: one or n float32 values, int8 output only.
         pertoken_scale: float32 [m].
@@ -71,7 +70,11 @@ def npu_quant_matmul(
         raise NotImplementedError(f"npu_quant_matmul: the CPU kernel has int8 x int8, not {x1.dtype} x {x2.dtype}")
     target = torch.int8 if output_dtype is None else dtype_of(output_dtype)
     _check(target, x2.shape[-1], scale, offset, pertoken_scale, bias)
-    sums = int4_gemm(x1, x2) if packed else _batched_gemm(x1, x2)
+    if x2.is_mkldnn:
+        integers = target in (torch.int8, torch.int32) or (bias is not None and bias.dtype == torch.int32)
+        sums = packed_product(x1.flatten(0, -2), x2, integers).view(*x1.shape[:-1], x2.shape[1])
+    else:
+        sums = int4_gemm(x1, x2) if packed else _batched_gemm(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         sums += bias
         bias = None
@@ -81,19 +84,28 @@ def npu_quant_matmul(
         return _to_int8(sums, scale, offset)
     # The matmul unit itself scales a float16 result, with 19-bit scales; bfloat16 is scaled in float32.
     columns = fp19(scale) if target == torch.float16 and pertoken_scale is None else _plain(scale)
-    return _scaled(sums, columns, pertoken_scale, bias, target)
+    return scaled(sums, columns, pertoken_scale, bias, target)
 
 
-def _scaled(sums: Tensor, columns: Tensor, rows: Tensor | None, bias: Tensor | None, target: torch.dtype) -> Tensor:
-    """int32 sums [..., m, n] times `columns`, times `rows` [m], plus bias, in float32; by blocks that stay cached."""
+def scaled(sums: Tensor, columns: Tensor, rows: Tensor | None, bias: Tensor | None, target: torch.dtype) -> Tensor:
+    """Sums [..., m, n] times columns, times rows, plus bias, in float32; by blocks that stay cached.
+
+    Args:
+        sums: int32, or float32 of packed weights.
+        columns: [1], [n], or for no more than ROWS rows [m, n].
+        rows: [m], or none.
+        bias: [n], or none.
+        target: dtype of the result.
+
+    """
     if bias is not None:
         bias = bias.to(torch.float32)
     count = sums.shape[-2]
-    if count <= _ROWS:  # decoding, where each further call of torch counts
+    if count <= ROWS:  # decoding, where each further call of torch counts
         return _scaled_block(sums, columns, rows, bias).to(target)
     result = torch.empty(sums.shape, dtype=target)
-    for start in range(0, count, _ROWS):
-        block = slice(start, start + _ROWS)
+    for start in range(0, count, ROWS):
+        block = slice(start, start + ROWS)
         scales = None if rows is None else rows[block]
         result[..., block, :] = _scaled_block(sums[..., block, :], columns, scales, bias)
     return result

@@ -1,11 +1,11 @@
 """Tokens to the experts that they chose: a row for each choice, sorted by expert (docs/operators.md, section 9)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quant_core.ops.cpu.choices import by_expert
 from quant_core.ops.cpu.groups import COUNTS, CUMULATIVE, PAIRS
 from quant_core.ops.cpu.mx import npu_dynamic_mx_quant
 from quant_core.ops.cpu.quantize import npu_dynamic_quant, saturated
@@ -15,14 +15,6 @@ from quant_core.ops.dtypes import FLOAT4_E2M1, FLOAT8_E4M3, FLOAT8_E5M2
 NOTHING, STATIC, DYNAMIC = -1, 0, 1
 #: The target of microscaling modes.
 MICROSCALED = {2: FLOAT8_E5M2, 3: FLOAT8_E4M3, 9: FLOAT4_E2M1}
-
-
-class _Order(NamedTuple):
-    """Choices (token · K + k) in the order of experts; what chose none of these experts stands behind `active`."""
-
-    choices: Tensor
-    active: int
-    counts: Tensor
 
 
 def npu_moe_init_routing_v2(
@@ -80,7 +72,7 @@ def npu_moe_init_routing_v2(
     told = expert_tokens_num_type if expert_tokens_num_flag else None
     _check(x, expert_idx, expert_num, told, active_expert_range, drop_pad_mode, quant_mode)
     first, last = active_expert_range or (0, expert_num)
-    order = _sorted(expert_idx, first, last - first if last >= 0 else None)
+    order = by_expert(expert_idx, first, last - first if last >= 0 else None)
     rows = expert_idx.numel() if active_num <= 0 else min(active_num, expert_idx.numel())
     taken = order.choices[: min(rows, order.active)]
     tokens = taken // expert_idx.shape[1]
@@ -92,7 +84,8 @@ def npu_moe_init_routing_v2(
         # A token is quantised once, for all the experts that it chose.
         values, of_tokens = _quantised(x, quant_mode, scale, offset)
         expanded, scales = _gathered(values, tokens, rows), _scales(of_tokens, tokens, rows, quant_mode, x, x_dtype)
-    return expanded, _row_index(order, row_idx_type), _told(order.counts, told, first, expert_num), scales
+    index = order.choices.to(torch.int32) if row_idx_type == 1 else order.places
+    return expanded, index, _told(order.counts, told, first, expert_num), scales
 
 
 def npu_moe_token_permute(
@@ -152,17 +145,6 @@ def _check(
         )
 
 
-def _sorted(expert_idx: Tensor, first: int, count: int | None) -> _Order:
-    """Choices by expert; `count` experts from `first` on are here, or all."""
-    ids = expert_idx.flatten()
-    if count is None:
-        count = int(ids.max()) + 1 if len(ids) else 0
-    local = ids - first
-    local = torch.where((local >= 0) & (local < count), local, count)
-    counts = torch.bincount(local, minlength=count + 1)
-    return _Order(torch.argsort(local, stable=True), len(ids) - int(counts[count]), counts[:count])
-
-
 def _quantised(x: Tensor, quant_mode: int, scale: Tensor | None, offset: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Tokens as quant_mode says, and their scales."""
     if quant_mode == DYNAMIC:
@@ -184,6 +166,8 @@ def _quantised(x: Tensor, quant_mode: int, scale: Tensor | None, offset: Tensor 
 
 def _gathered(values: Tensor, index: Tensor, rows: int) -> Tensor:
     """Some rows, and zeros behind them."""
+    if len(index) == rows and values.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+        return values.index_select(0, index)
     gathered = torch.empty(rows, *values.shape[1:], dtype=values.dtype, device="cpu")
     # Bytes go everywhere: torch has no index_select of some eight-bit floats.
     source, target = (t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (values, gathered))
@@ -203,14 +187,6 @@ def _scales(
         return scales if MICROSCALED[quant_mode] == FLOAT4_E2M1 else scales.flatten(1)
     exponents = x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) or x_dtype == FLOAT4_E2M1
     return scales.view(torch.float8_e8m0fnu) if exponents else scales
-
-
-def _row_index(order: _Order, row_idx_type: int) -> Tensor:
-    if row_idx_type == 1:
-        return order.choices.to(torch.int32)
-    positions = torch.full((len(order.choices),), -1, dtype=torch.int32, device="cpu")
-    positions[order.choices[: order.active]] = torch.arange(order.active, dtype=torch.int32, device="cpu")
-    return positions
 
 
 def _told(counts: Tensor, kind: int | None, first: int, expert_num: int) -> Tensor:
