@@ -155,3 +155,11 @@ def attributes_of(trees: dict[Path, ast.Module]) -> set[str]:
         for target in node.targets
         if isinstance(target, ast.Attribute)
     }
+
+
+@pytest.mark.parametrize(("method", "found"), [("_init_weights", 0), ("__init__", 0), ("forward", 1)])
+def test_code_that_no_served_model_runs(method: str, found: int, tmp_path: Path) -> None:
+    """As transformers' models have it, in the method that gives new ones their first values."""
+    file = tmp_path / "modeling.py"
+    file.write_text(f"class Model:\n    def {method}(self, module):\n        normal_(module.c_proj.weight, std=1.0)\n")
+    assert len(reads(str(file))) == found

@@ -23,6 +23,9 @@ from vllm_ascend_quant.methods.linear import AscendLinearMethod
 _HARMLESS = {"device", "weight_loader", "is_meta", "is_cuda", "is_cpu", "requires_grad"}
 _HARMLESS_CALLS = {"isinstance", "hasattr", "getattr", "setattr", "delattr", "set_weight_attrs"}
 
+#: Methods that run before there are values to read, or never where a model is served.
+_BEFORE_LOADING = {"__init__", "_init_weights", "init_weights", "initialize_weights", "reset_parameters"}
+
 #: Conditions under which code runs on other machines than ours.
 _ELSEWHERE = re.compile(r"is_(rocm|cuda|cuda_alike|xpu)\(\)")
 
@@ -143,7 +146,7 @@ def _harmless(node: ast.Attribute, around: list[ast.AST]) -> bool:
             method = ""
         elif isinstance(outer, ast.FunctionDef):
             method = method or outer.name
-    if method == "__init__":  # before there are values
+    if method in _BEFORE_LOADING:
         return True
     if any(isinstance(outer, ast.If) and _ELSEWHERE.search(ast.unparse(outer.test)) for outer in around):
         return True
