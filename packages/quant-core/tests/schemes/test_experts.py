@@ -26,6 +26,7 @@ from quant_core import (
     get_scheme_class,
 )
 from quant_core.devices import planned_device
+from quant_core.ops.cpu.packed import refusal
 from quant_core.schemes.context import Role
 from quant_core.schemes.stacks import put
 
@@ -339,19 +340,44 @@ def test_processing_again_gives_the_same(workbench: Any) -> None:
     assert torch.equal(again.apply(other, *routed), first)
 
 
-def test_int8_weights_are_not_copied(workbench: Any) -> None:
-    """The run-time form is a view of what was loaded: the peak of memory stays that of one layer."""
-    experts = Experts.make("W8A8_DYNAMIC")
-    scheme = scheme_of(workbench, experts)
-    layer = nn.Module()
+def loaded(workbench: Any, experts: Experts) -> tuple[AscendMoEScheme, nn.Module]:
+    """A scheme and its layer as it is loaded."""
+    scheme, layer = scheme_of(workbench, experts), nn.Module()
     for half, linear in scheme.halves.items():
         held = workbench.load(linear, [module for members in experts.modules[half] for module in members])
         put(layer, half, {name: param.data for name, param in held.named_parameters()})
-    before = layer.get_parameter(f"{GATE_UP}weight").data_ptr()
-    scheme.process_weights_after_loading(layer)
+    return scheme, layer
+
+
+def test_int8_weights_are_not_copied(workbench: Any) -> None:
+    """Where they are not packed, the run-time form is a view of what was loaded."""
+    with planned_device("910B"):
+        scheme, layer = loaded(workbench, Experts.make("W8A8_DYNAMIC"))
+        before = layer.get_parameter(f"{GATE_UP}weight").data_ptr()
+        scheme.process_weights_after_loading(layer)
     weight = layer.get_parameter(f"{GATE_UP}weight")
     assert weight.shape == (EXPERTS, HIDDEN, 2 * INTERMEDIATE)
     assert weight.data_ptr() == before
+
+
+def test_packed_weights_take_the_place_of_plain_ones(workbench: Any) -> None:
+    """To the last bit, and a reload packs again."""
+    experts, routed = Experts.make("W8A8_DYNAMIC"), routing()
+    scheme, layer = loaded(workbench, experts)
+    scheme.process_weights_after_loading(layer)
+    assert hasattr(layer, f"{GATE_UP}weight") == (refusal() is not None)
+    with planned_device("910B"):
+        plain_scheme, plain_layer = loaded(workbench, experts)
+        plain_scheme.process_weights_after_loading(plain_layer)
+        expected = plain_scheme.apply(plain_layer, *routed)
+    assert torch.equal(scheme.apply(layer, *routed), expected)
+    for half, linear in scheme.halves.items():
+        held = workbench.load(
+            linear, [{**m, "weight": -m["weight"].clamp(-127)} for e in experts.modules[half] for m in e]
+        )
+        put(layer, half, {name: param.data for name, param in held.named_parameters()})
+    scheme.process_weights_after_loading(layer)
+    assert not torch.equal(scheme.apply(layer, *routed), expected)
 
 
 def test_gate_and_up_with_scales_of_their_own_are_refused(workbench: Any) -> None:

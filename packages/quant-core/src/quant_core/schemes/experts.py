@@ -18,6 +18,9 @@ from quant_core.schemes.routing import KNOWS_ABSENT, Codes, Rows, local_table, r
 from quant_core.schemes.stacks import each_alone, put, stacked, take
 from quant_core.schemes.verify import linear_params
 
+#: Under this suffix a layer holds a list of weights that were packed one by one, in the place of a stack.
+PACKED = "packed"
+
 
 class AscendMoEScheme(Scheme):
     """A layer of routed experts: y = Σ over a token's k experts of weight · down(act(gate x) * (up x)).
@@ -187,6 +190,12 @@ class MixedExperts(AscendMoEScheme):
         return self.schemes[half].multiply(layer, half, rows, dtype)
 
 
+def weights_of(layer: nn.Module, half: str) -> list[Tensor]:
+    """The weights of a half as the operators take them: one tensor of all experts, or a packed one of each."""
+    packed: list[Tensor] | None = getattr(layer, f"{half}{PACKED}", None)
+    return [tensor_of(layer, f"{half}weight")] if packed is None else packed
+
+
 def grouped(layer: nn.Module, half: str, rows: Rows, **operands: Any) -> Tensor:
     """npu_grouped_matmul of rows and the stacked weight of a half.
 
@@ -203,7 +212,7 @@ def grouped(layer: nn.Module, half: str, rows: Rows, **operands: Any) -> Tensor:
     }
     (y,) = torch.ops.npu.npu_grouped_matmul(
         [rows.values],
-        [tensor_of(layer, f"{half}weight")],
+        weights_of(layer, half),
         per_token_scale=None if rows.scale is None else [rows.scale],
         group_list=rows.counts,
         group_list_type=1,

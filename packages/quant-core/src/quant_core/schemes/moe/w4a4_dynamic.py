@@ -27,3 +27,4 @@ class AscendW4A4DynamicMoEMethod(AscendW8A8DynamicMoEMethod):
     granularity = ("per channel", "per group")
     checked_against = {}
     linear = _Unpacked
+    fuses = False  # the fused operator quantises to int8

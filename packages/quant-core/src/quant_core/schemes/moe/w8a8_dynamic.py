@@ -5,10 +5,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from quant_core.schemes.experts import AscendMoEScheme, grouped
+from quant_core.devices import current_device
+from quant_core.ops.cpu.packed import pack
+from quant_core.schemes.context import DOWN, GATE_UP
+from quant_core.schemes.experts import PACKED, AscendMoEScheme, grouped, weights_of
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
+from quant_core.schemes.params import replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.routing import Codes, Rows
+from quant_core.schemes.run_time import FRACTAL_NZ
 
 
 @register_scheme("W8A8_DYNAMIC", "moe")
@@ -18,6 +23,7 @@ class AscendW8A8DynamicMoEMethod(AscendMoEScheme):
     Run time, of E experts on this rank, with g groups of input features (1: per channel):
         w13_weight: int8 [E, hidden, 2 · intermediate]
         w2_weight: int8 [E, intermediate, hidden]
+            on CPU lists of packed weights w13_packed and w2_packed, where the processor multiplies those rightly
         w13_weight_scale, w2_weight_scale: float32 [E, out], or [E, g, out], which the CPU's operator alone takes
     """
 
@@ -26,6 +32,51 @@ class AscendW8A8DynamicMoEMethod(AscendMoEScheme):
         "W8A8_DYNAMIC": ("qwen3-moe/W8A8_DYNAMIC", "deepseek-v3/W8A8")
     }
     linear = AscendW8A8DynamicLinearMethod
+    #: Whether the hidden state is quantised as the fused operator does it.
+    fuses: ClassVar[bool] = True
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As all experts; on CPU weights are rearranged once, which takes longer than the product of a few rows."""
+        for half in self.halves:
+            vars(layer).pop(f"{half}{PACKED}", None)
+        super().process_weights_after_loading(layer)
+        for half in self.halves:
+            weight = layer.get_parameter(f"{half}weight")
+            if weight.dtype != torch.int8:
+                continue
+            if weight.device.type != "cpu":
+                replace_parameter(layer, f"{half}weight", torch.ops.npu.npu_format_cast(weight.data, FRACTAL_NZ))
+            elif current_device() == "cpu" and tensor_of(layer, f"{half}weight_scale").dim() == 2:
+                self._pack(layer, half, weight.data)
+
+    def _pack(self, layer: nn.Module, half: str, weight: Tensor) -> None:
+        packed: list[Tensor] = []
+        for one in weight:
+            found = pack(one)
+            if found is None:  # for all of them: it depends on the processor
+                return
+            packed.append(found)
+        delattr(layer, f"{half}weight")
+        setattr(layer, f"{half}{PACKED}", packed)
+
+    def compute(self, layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Where nothing lies between the products but SwiGLU, the first one, SwiGLU and quantising are one operator."""
+        sizes, down = self.context.sizes, self.halves.get(DOWN)
+        scales = tensor_of(layer, f"{GATE_UP}weight_scale")
+        if (
+            (sizes.activation, sizes.limit) != ("silu", None)
+            or len(self.halves) < 2
+            or down is None
+            or down.context.partition.max_over_ranks is not None
+            or scales.dim() != 2
+            or not self.fuses
+        ):
+            return super().compute(layer, rows, dtype)
+        assert rows.scale is not None
+        codes, scale = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
+            rows.values, weights_of(layer, GATE_UP), [scales], rows.scale, rows.counts, group_list_type=1
+        )
+        return self.multiply(layer, DOWN, Rows(codes, scale, rows.counts), dtype)
 
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """One scale for each row."""
