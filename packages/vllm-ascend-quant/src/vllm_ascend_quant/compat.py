@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import importlib.util
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,30 @@ def expert_names(layer: Any) -> tuple[str, ...]:
     """What a layer calls gate, up and down of an expert in a checkpoint; nothing if it does not say."""
     names = [getattr(layer, f"ckpt_{part}_proj_name", None) for part in ("gate", "up", "down")]
     return tuple(name for name in names if name is not None)
+
+
+def experts_are_chosen_here() -> bool:
+    """Whether vLLM leaves it to the experts' method to choose them: 0.28 has no router that works on a CPU."""
+    platform = importlib.import_module("vllm.platforms").current_platform
+    router = "vllm.model_executor.layers.fused_moe.router.cpu_router"
+    return bool(platform.is_cpu()) and importlib.util.find_spec(router) is None
+
+
+def choose_experts(layer: Any, x: Any, router_logits: Any) -> tuple[Any, Any]:
+    """The weights and global numbers of each token's experts, [tokens, k], where vLLM has no router for a CPU."""
+    return importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe").select_experts(  # type: ignore[no-any-return]
+        hidden_states=x,
+        router_logits=router_logits,
+        top_k=layer.top_k,
+        use_grouped_topk=layer.use_grouped_topk,
+        renormalize=layer.renormalize,
+        topk_group=layer.topk_group,
+        num_expert_group=layer.num_expert_group,
+        custom_routing_function=layer.custom_routing_function,
+        scoring_func=layer.scoring_func,
+        routed_scaling_factor=layer.routed_scaling_factor,
+        e_score_correction_bias=layer.e_score_correction_bias,
+    )
 
 
 def unquantised_experts(config: Any) -> Any:

@@ -179,6 +179,17 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         """The weighted sum over this rank's experts; vLLM adds shared experts and the other ranks' sums."""
         return self.quant_method.apply(layer, x, topk_weights, topk_ids)
 
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM hands over the router's logits, and not the experts that it chose."""
+        return compat.experts_are_chosen_here()
+
+    def apply_monolithic(
+        self, layer: nn.Module, x: torch.Tensor, router_logits: torch.Tensor, input_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same as `apply`, of experts that are chosen here."""
+        return self.apply(layer, x, *compat.choose_experts(layer, x, router_logits))
+
     def _spelled(self, name: str) -> str:
         """A parameter's suffix as the checkpoint has it."""
         prefix = GATE_UP if name.startswith(GATE_UP) else DOWN
