@@ -135,10 +135,10 @@ def judge_experts(name: str, folder: Path) -> dict[str, Any]:
             answers[kind] = arithmetic.vllm_logprobs(llm, arithmetic.prompts())
             if kind == "quant":
                 result["quantised"] = len(arithmetic.expert_modules(llm))
-                step = "reload"
-                llm.collective_rpc("reload_weights")
-                again = arithmetic.vllm_logprobs(llm, arithmetic.prompts())
-                result["reload"] = arithmetic.differences(answers[kind], again)
+            step = "reload"
+            llm.collective_rpc("reload_weights")
+            again = arithmetic.vllm_logprobs(llm, arithmetic.prompts())
+            result["reload" if kind == "quant" else "float_reload"] = arithmetic.differences(answers[kind], again)
         except BaseException as error:
             result["error" if kind == "quant" else "float_error"] = f"{step}: {why(error)}"
         llm = None
@@ -196,7 +196,8 @@ def verdict(result: dict[str, Any]) -> str:
         return "; ".join(f"{way} {str(result.get(way))[:300]!r}" for way in ROWS)
     if "no_model" in result:
         return f"no model   {result['no_model'][:200]!r}"
-    if result.get("error", "").startswith("load") and result.get("float_error", "").startswith("load"):
+    steps = {result.get(key, "").partition(":")[0] for key in ("error", "float_error")}
+    if steps == {"load"} or (steps == {"run"} and "gap" not in result and "float_gap" not in result):
         return f"vLLM fails {result['float_error'][:200]!r} | {result['error'][:200]!r}"
     figures = " ".join(
         f"{key} {result[key][0]:.0e}/{result[key][1]:.0e}"
@@ -213,7 +214,7 @@ def verdict(result: dict[str, Any]) -> str:
         return f"ok         {text}"
     layers = "wrong_weights" in result and not any(result.get(k) for k in ("missed", "wrong", "wrong_weights"))
     step, float_step = (result.get(key, "").partition(":")[0] for key in ("error", "float_error"))
-    run = step == float_step and ("gap" not in result or result["gap"][0] < 2e-5 or result["float_gap"][0] > 5e-6)
+    run = step == float_step and ("gap" not in result or result["gap"][0] < 2e-5 or result.get("float_gap", (1, 1))[0] > 5e-6)
     if layers and run:
         return f"ok so far  {text}"  # vLLM's float model differs, cannot run here, or does not survive a reload either
     return f"WRONG      {text}"

@@ -129,7 +129,8 @@ def unquantised_experts(config: Any) -> Any:
 
 
 def replace_expert_method(layer: Any, method: Any) -> None:
-    """Give a layer of experts another method."""
+    """Give a layer of experts another method. vLLM's own is a module, whose place nothing else may take."""
+    del layer.quant_method
     layer._replace_quant_method(method)
 
 
