@@ -214,7 +214,9 @@ def verdict(result: dict[str, Any]) -> str:
         return f"ok         {text}"
     layers = "wrong_weights" in result and not any(result.get(k) for k in ("missed", "wrong", "wrong_weights"))
     step, float_step = (result.get(key, "").partition(":")[0] for key in ("error", "float_error"))
-    run = step == float_step and ("gap" not in result or result["gap"][0] < 2e-5 or result.get("float_gap", (1, 1))[0] > 5e-6)
+    run = step == float_step and (
+        "gap" not in result or result["gap"][0] < 2e-5 or result.get("float_gap", (1, 1))[0] > 5e-6
+    )
     if layers and run:
         return f"ok so far  {text}"  # vLLM's float model differs, cannot run here, or does not survive a reload either
     return f"WRONG      {text}"

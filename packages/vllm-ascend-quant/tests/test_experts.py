@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
+import architectures
 import ranks
-from survey_kinds import DEEPSEEK_V3
+from survey_kinds import DEEPSEEK_V3, MLA, NATIVE
 
 from quant_core import LayerResolutionError, LoadError, get_scheme_class
+from quant_modelslim.writer import write_checkpoint
 from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
 from vllm_ascend_quant.served_model import served_model
 
@@ -196,3 +200,49 @@ def test_more_experts_than_the_model_has(tmp_path: Path, load_model: Callable[..
         pass
     assert "6 have no place: model.layers.0.mlp.experts.6.down_proj" in str(raised.value)
     assert "expected: 18 of 6 experts" in str(raised.value)
+
+
+def drafting_deepseek(folder: Path) -> Path:
+    """A DeepSeek-V3 of a dense layer and one with experts, and a third that drafts, whose experts are W8A16."""
+    config = {**MLA, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
+    model = architectures.build(architectures.Architecture("deepseek_v3", "DeepseekV3ForCausalLM", config))
+    model.save_pretrained(folder / "float")
+    (file,) = (folder / "float").glob("*.safetensors")
+    tensors, drafting = load_file(file), "model.layers.2"
+    for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+        tensors[name.replace("model.layers.1", drafting)] = tensors[name].clone()
+    hidden = tensors["model.norm.weight"].shape[0]
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{drafting}.{name}.weight"] = torch.ones(hidden)
+    tensors[f"{drafting}.eh_proj.weight"] = torch.randn(hidden, 2 * hidden) / hidden
+    tensors[f"{drafting}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{drafting}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    for config_file in (folder / "float").glob("config.json"):
+        published = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+        config_file.write_text(json.dumps({**json.loads(config_file.read_text()), **published}))
+    write_checkpoint(
+        folder / "quant",
+        tensors,
+        lambda module, _: "W8A16" if ".experts." in module else "FLOAT",
+        files_from=folder / "float",
+    )
+    return folder / "quant"
+
+
+@pytest.mark.skipif(Version(vllm.__version__) < Version("0.29"), reason="its latent attention does not import on CPU")
+def test_a_layer_that_drafts(tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any]) -> None:
+    """vLLM renames it in the code of its loader, which is asked."""
+    folder = drafting_deepseek(tmp_path)
+    prompts = [[1, *range(20, 44)], [1, *range(300, 320), 499]]
+    settings = {"max_model_len": 128, "max_num_seqs": 4, "skip_tokenizer_init": True, **NATIVE}
+    with start_engine(folder, **settings) as llm:
+        expected = ask(llm, prompts)
+    speculative = {"method": "mtp", "num_speculative_tokens": 1}
+    with start_engine(folder, speculative_config=speculative, **settings) as llm:
+        found = ask(llm, prompts)
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        draft = served_model(runner.drafter.model)
+    assert draft is not None
+    experts = {path: quant for path, quant in draft.layers.items() if path.endswith("experts")}
+    assert [quant.quant_type for quant in experts.values()] == ["W8A16"]
+    assert [one["generated"] for one in found] == [one["generated"] for one in expected]
