@@ -23,6 +23,7 @@ from quant_core import (
     ExpertSizes,
     LayerQuant,
     LayerQuery,
+    LayerResolutionError,
     LimitError,
     LinearSizes,
     LoadError,
@@ -146,8 +147,8 @@ def test_a_float_layer_has_no_scheme(example: type[QuantFormat], folder: Checkpo
     [
         (
             query("a.q", layer_type="moe"),
-            UnsupportedSchemeError,
-            ["W8A8_DYNAMIC", "layer (config.json: everything_int8"],
+            LayerResolutionError,
+            ["layer: a question about experts names the modules of none"],
         ),
         (query("norm"), LoadError, ["norm: the stored tensors do not tell the layer's sizes", "norm.weight [16]"]),
         (query("a.x"), LoadError, ["a.x", "no tensor of this name"]),

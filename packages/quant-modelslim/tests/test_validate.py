@@ -71,7 +71,9 @@ def test_many_layers_of_an_unknown_type_are_counted(tmp_path: Path, small: Any) 
 
 def test_a_linear_type_is_no_attention_type(tmp_path: Path, small: Any) -> None:
     small.description["model.layers.0.self_attn.quant_type"] = "W8A8"
-    refused(small, tmp_path, UnsupportedSchemeError, "'W8A8' on attention layers", "'W8A8' exists for linear layers")
+    refused(
+        small, tmp_path, UnsupportedSchemeError, "'W8A8' on attention layers", "'W8A8' exists for linear, moe layers"
+    )
 
 
 def test_described_but_not_in_the_files(tmp_path: Path, small: Any) -> None:

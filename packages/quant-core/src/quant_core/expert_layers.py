@@ -27,9 +27,15 @@ def experts_quant(ask: Callable[[LayerQuery], LayerQuant], query: LayerQuery) ->
 
     Raises:
         UnknownLayerError: if the checkpoint lacks modules.
-        LayerResolutionError: if the experts of a half disagree, or one half is float and the other is not.
+        LayerResolutionError: if the query names no experts, those of a half disagree, or one half is float and the
+            other is not.
 
     """
+    if not query.experts:
+        raise LayerResolutionError(
+            f"{query.name}: a question about experts names the modules of none",
+            expected="LayerQuery.experts, the modules of each half",
+        )
     halves = {}
     for prefix, experts in query.experts.items():
         modules = tuple(dict.fromkeys(module for members in experts for module in members))

@@ -87,7 +87,7 @@ def test_the_built_in_schemes_are_listed() -> None:
 def test_look_up() -> None:
     assert get_scheme_class("W8A8", "linear") is AscendW8A8LinearMethod
     assert require_scheme_class("W8A8", "linear") is AscendW8A8LinearMethod
-    assert get_scheme_class("W8A8", "moe") is None
+    assert get_scheme_class("W4A4_FLATQUANT_DYNAMIC", "moe") is None
     assert get_scheme_class("w8a8", "linear") is None
 
 
@@ -103,7 +103,7 @@ def test_an_unknown_type_is_answered_with_the_known_ones_and_the_nearest() -> No
 
 
 def test_a_type_that_exists_for_another_kind_of_layer() -> None:
-    with pytest.raises(UnsupportedSchemeError, match="'W8A16' exists for linear layers"):
+    with pytest.raises(UnsupportedSchemeError, match="'W8A16' exists for linear, moe layers"):
         require_scheme_class("W8A16", "attention")
 
 

@@ -19,24 +19,16 @@ _EXPERTS = "experts"
 Children = dict[tuple[int, str], str]
 
 
-def examine_siblings(description: Description, stored: Mapping[str, object]) -> Iterator[Finding]:
-    """What is wrong with experts of which any is quantised.
-
-    Args:
-        description: types by tensor.
-        stored: the modules of the files; empty while planning.
-
-    """
-    families = {
-        above: children for above, children in _families(description, stored) if set(children.values()) != {FLOAT}
-    }
+def examine_siblings(description: Description) -> Iterator[Finding]:
+    """What is wrong with experts of which any is quantised, by the description, with which tensors are compared too."""
+    families = {above: children for above, children in _families(description) if set(children.values()) != {FLOAT}}
     for above, children in families.items():
         yield from _disagreeing(above, children, description)
         yield from _absent(above, children, description)
     yield from _unlike_other_layers(families, description)
 
 
-def _families(description: Description, stored: Mapping[str, object]) -> Iterator[tuple[str, Children]]:
+def _families(description: Description) -> Iterator[tuple[str, Children]]:
     """The experts of each layer."""
     found: dict[str, Children] = defaultdict(dict)
     for key, quant_type in description.types.items():
@@ -45,7 +37,7 @@ def _families(description: Description, stored: Mapping[str, object]) -> Iterato
         module = key.removesuffix(".weight")
         above, _, last = module.rpartition(".")
         above, _, number = above.rpartition(".")
-        if above.rpartition(".")[2] == _EXPERTS and number.isdecimal() and (not stored or module in stored):
+        if above.rpartition(".")[2] == _EXPERTS and number.isdecimal():
             found[above][int(number), last] = FLOAT if quant_type in FLOAT_TYPES else quant_type
     yield from found.items()
 

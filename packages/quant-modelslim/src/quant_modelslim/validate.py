@@ -54,7 +54,7 @@ def examine(folder: CheckpointFolder, description: Description) -> Iterator[Find
     yield from _leaving_the_folder(folder, description)
     yield from _undescribed(folder, description)
     yield from contradictions(folder)
-    yield from examine_siblings(description, folder.modules)
+    yield from examine_siblings(description)
     told = {tensor.rpartition(".")[0] for tensor, _ in wrong} | _simulated(description) | _of_unknown_types(description)
     yield from _wrong_forms(folder, description, told)
 

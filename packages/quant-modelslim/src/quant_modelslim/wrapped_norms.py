@@ -27,14 +27,14 @@ def is_wrapped_norm(form: StoredForm, folder: CheckpointFolder) -> bool:
 
 def contradictions(folder: CheckpointFolder) -> Iterator[Finding]:
     """The tensors of such norms that are no copies: for which of the two the layers behind were made is not told."""
-    if not folder.weight_files:
-        return  # a saved state, which was compared when it was a checkpoint
     pairs = [
         (folder.modules[form.module.removesuffix(_INSIDE)].tensors[suffix], tensor)
         for form in folder.modules.values()
         if is_wrapped_norm(form, folder)
         for suffix, tensor in form.tensors.items()
     ]
+    if not pairs or not folder.weight_files:
+        return  # without weights it is a saved state, which was compared when it was a checkpoint
     values = folder.read_tensors(tensor.name for pair in pairs for tensor in pair)
     for own, inside in pairs:
         if not torch.equal(values[own.name].double(), values[inside.name].double()):

@@ -43,8 +43,7 @@ def npu_grouped_matmul(
     if split_item in (2, 3):
         return [x[0].new_empty((sum(one.shape[0] for one in x), columns[0]), dtype=dtype)]
     if split_item == 1 and len(x) == 1 and group_list is not None:
-        count = weight[0].shape[0] if stacked else len(weight)
-        rows = _rows(group_list, group_list_type, count)
+        rows = _rows(group_list, group_list_type)
     else:
         rows = [one.shape[0] for one in x]
     return [
@@ -104,11 +103,13 @@ def _columns(x: Tensor, weight: Tensor, x_dtype: int | None, weight_dtype: int |
     return weight.shape[-1] * (packed if weight.shape[-2] == k else 1)
 
 
-def _rows(group_list: Tensor | Sequence[int], list_type: int | None, count: int) -> list[Any]:
-    """How many rows each expert has, which is not known of a tensor."""
+def _rows(group_list: Tensor | Sequence[int], list_type: int | None) -> list[Any]:
+    """How many rows each expert has, which is not known of a tensor; torch_npu's own Meta kernel cannot tell either."""
     if isinstance(group_list, Tensor):
-        context = torch.library.get_ctx()
-        return [context.new_dynamic_size() for _ in range(count)]
+        raise ValueError(  # a NotImplementedError would be replaced by words of torch's
+            "npu_grouped_matmul with split_item 1 cannot be compiled: the sizes of its results are known when it runs; "
+            "split_item 2 gives one for all"
+        )
     if list_type == 1:
         return list(group_list)
     return [stop - start for start, stop in zip([0, *group_list], group_list, strict=False)]
