@@ -20,7 +20,7 @@ import architectures
 import ranks
 from survey_kinds import DEEPSEEK_V3, MLA, NATIVE
 
-from quant_core import LayerResolutionError, LoadError, get_scheme_class
+from quant_core import LayerResolutionError, LoadError, QuantError, get_scheme_class
 from quant_modelslim.writer import write_checkpoint
 from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
 from vllm_ascend_quant.served_model import served_model
@@ -189,6 +189,16 @@ def test_values_that_cannot_be_used(tmp_path: Path, load_model: Callable[..., An
     with pytest.raises(LoadError, match=re.escape(wrong)) as raised, load_model(folder):
         pass
     assert "1 of 64 values are not finite and positive" in str(raised.value)
+
+
+def test_a_bias_of_an_expert_is_not_dropped(tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    """As anti-outlier recipes add it."""
+    folder = changed_copy(MSMODELSLIM / "qwen3-moe/W8A8_DYNAMIC", tmp_path / "bias")
+    (weights,) = folder.glob("*.safetensors")
+    bias = "model.layers.1.mlp.experts.2.up_proj.bias"
+    save_file({**load_file(weights), bias: torch.ones(64)}, weights, metadata={"format": "pt"})
+    with pytest.raises(QuantError, match=re.escape(bias)), load_model(folder):
+        pass
 
 
 def test_more_experts_than_the_model_has(tmp_path: Path, load_model: Callable[..., Any]) -> None:

@@ -21,12 +21,15 @@ from quant_core import (
     LimitError,
     LoadError,
     Partition,
+    RegistrationError,
     UnsupportedSchemeError,
     create_scheme,
     get_scheme_class,
+    register_scheme,
 )
 from quant_core.devices import planned_device
 from quant_core.ops.cpu.packed import refusal
+from quant_core.schemes import registry
 from quant_core.schemes.context import Role
 from quant_core.schemes.stacks import put
 
@@ -407,3 +410,35 @@ def test_hooks_tell_what_this_rank_holds(workbench: Any) -> None:
     assert set(scheme.get_dynamic_quant_param(*arguments)) == {
         f"{half}{name}" for half in (GATE_UP, DOWN) for name in ("weight_scale", "weight_offset")
     }
+
+
+def test_a_type_of_experts_says_what_a_projection_stores() -> None:
+    class Unsaid(AscendMoEScheme):
+        def multiply(self, layer: nn.Module, half: str, rows: Any, dtype: torch.dtype) -> Tensor:
+            raise AssertionError("never asked")
+
+    with pytest.raises(RegistrationError, match="`linear`, the scheme of a linear layer that stores the same"):
+        register_scheme("W8A8_UNSAID", "moe")(Unsaid)
+    assert get_scheme_class("W8A8_UNSAID", "moe") is None
+
+
+def test_a_type_of_ones_own_is_a_few_lines(workbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another package would add it; the linear type is one that exists."""
+    monkeypatch.setattr(registry, "_registry", {**registry._registry})
+    monkeypatch.setitem(MAKE, "MINE", MAKE["W8A16"])
+
+    class Mine(AscendMoEScheme):
+        linear = get_scheme_class("W8A16", "linear")  # type: ignore[assignment]
+
+        def multiply(self, layer: nn.Module, half: str, rows: Any, dtype: torch.dtype) -> Tensor:
+            weight, scale = (layer.get_parameter(f"{half}{name}") for name in ("weight", "weight_scale"))
+            offset = layer.get_parameter(f"{half}weight_offset")
+            parts = rows.values.split([*rows.counts.tolist(), len(rows.values) - int(rows.counts.sum())])
+            exact = (weight + offset) * scale
+            return torch.cat([*(part @ one for part, one in zip(parts, exact, strict=False))])
+
+    register_scheme("MINE", "moe")(Mine)
+    register_scheme("MINE", "linear")(Mine.linear)
+    experts, routed = Experts.make("MINE"), routing()
+    scheme, layer = serve(workbench, experts)
+    assert close(scheme.apply(layer, *routed), looped(workbench, experts, routed))

@@ -77,6 +77,11 @@ def register_scheme(quant_type: str, layer_type: str) -> Callable[[type[S]], typ
                 f"{origin(cls)} does not say what {quant_type!r} stores",
                 expected="`stores`, or a get_weight of its own",
             )
+        if layer_type == "moe" and not hasattr(cls, "linear"):
+            raise RegistrationError(
+                f"{origin(cls)} does not say what {quant_type!r} stores for a projection of an expert",
+                expected="`linear`, the scheme of a linear layer that stores the same",
+            )
         _registry[quant_type, layer_type] = cls
         return cls
 
