@@ -26,8 +26,8 @@ from quant_core.schemes.layouts import layouts_of
 from quant_core.schemes.verify import absent_params, check_values, linear_params
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.methods.exact_tp import exact_tp_wanted, max_over_ranks
+from vllm_ascend_quant.methods.expert_parameter import AscendExpertParameter
 from vllm_ascend_quant.methods.linear import instance_role
-from vllm_ascend_quant.methods.parameter import AscendExpertParameter
 from vllm_ascend_quant.placement.experts import ExpertModules
 
 # vLLM's own values for an activation whose model gives none.
