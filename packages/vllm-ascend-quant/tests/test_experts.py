@@ -191,6 +191,24 @@ def test_values_that_cannot_be_used(tmp_path: Path, load_model: Callable[..., An
     assert "1 of 64 values are not finite and positive" in str(raised.value)
 
 
+def test_projections_that_nobody_knows(tmp_path: Path, load_model: Callable[..., Any]) -> None:
+    """Under other names than the model's; of float ones vLLM would say it, or drop them."""
+    folder = changed_copy(MSMODELSLIM / "qwen3-moe/W8A8_DYNAMIC", tmp_path / "strange")
+    (file,) = folder.glob("quant_model_description*.json")
+    (weights,) = folder.glob("*.safetensors")
+
+    def strange(name: str) -> str:
+        for old, new in (("gate_proj", "wi_0"), ("up_proj", "wi_1"), ("down_proj", "wo")):
+            name = name.replace(f".{old}.", f".{new}.") if ".experts." in name else name
+        return name
+
+    save_file({strange(n): t for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    file.write_text(json.dumps({strange(name): said for name, said in json.loads(file.read_text()).items()}))
+    with pytest.raises(LayerResolutionError, match="none is a projection of one") as raised, load_model(folder):
+        pass
+    assert "model.layers.0.mlp.experts.0.wi_0" in str(raised.value)
+
+
 def test_a_bias_of_an_expert_is_not_dropped(tmp_path: Path, load_model: Callable[..., Any]) -> None:
     """As anti-outlier recipes add it."""
     folder = changed_copy(MSMODELSLIM / "qwen3-moe/W8A8_DYNAMIC", tmp_path / "bias")

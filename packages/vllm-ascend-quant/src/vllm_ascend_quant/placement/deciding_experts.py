@@ -80,7 +80,8 @@ def _decide_left_over(model: nn.Module, unknown: dict[str, nn.Module], served: S
     """Experts under names that nothing explains, as those of a layer for multi-token prediction: the loader tells.
 
     Raises:
-        LayerResolutionError: if the loader puts quantised weights into some experts of a layer only.
+        LayerResolutionError: if the loader puts quantised weights into some experts of a layer only, or knows no
+            better.
 
     """
     remade = False
@@ -99,4 +100,21 @@ def _decide_left_over(model: nn.Module, unknown: dict[str, nn.Module], served: S
             )
         quant = served.format.experts_quant(LayerQuery(path, "moe", experts=experts))
         remade |= _apply(path, layer, experts, quant, served)
+    _refuse_nameless(unknown, served)
     return remade
+
+
+def _refuse_nameless(unknown: dict[str, nn.Module], served: ServedModel) -> None:
+    """Refuse quantised modules below experts that nobody knows: vLLM might copy the codes of one into float memory."""
+    nameless = {path: layer for path, layer in unknown.items() if path not in served.layers}
+    below = served.paths.below([compat.expert_prefix(layer, path) for path, layer in nameless.items()])
+    left = {form.module for form in served.left_over()} if any(below.values()) else set()
+    for prefix, modules in below.items():
+        if strange := sorted(left.intersection(modules)):
+            raise LayerResolutionError(
+                f"{prefix}: the checkpoint has quantised modules below these experts, and none is a projection of one",
+                found=listing(strange),
+                expected=f"{prefix}.<number>.<projection>, by the names of the model",
+                where=str(served.format.folder.path),
+                todo="check that config.json describes the model that was quantised; otherwise report the architecture",
+            )
