@@ -83,11 +83,6 @@ def experts_have_biases(layer: "nn.Module") -> bool:
     return layer._parameters.get("w13_bias") is not None
 
 
-def latent_attention_class() -> type["nn.Module"]:
-    """The class of latent attention (MLA), which multiplies by the weight of its `kv_b_proj` without calling it."""
-    return importlib.import_module("vllm.model_executor.layers.attention").MLAAttention  # type: ignore[no-any-return]
-
-
 def expert_map(layer: Any) -> Any:
     """The place of each expert on this rank, -1 for those of others; None where all are here."""
     return layer.expert_map_manager.expert_map if hasattr(layer, "expert_map_manager") else layer.expert_map

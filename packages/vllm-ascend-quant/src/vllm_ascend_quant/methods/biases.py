@@ -22,7 +22,7 @@ def add_linear_biases(model: nn.Module, served: ServedModel) -> bool:
 
     Layers that could not use it are left without, which `check_biases` (loading/checking.py) reports.
     """
-    unused = _absorbed(model)
+    unused = set(compat.layers_read_back(model))  # latent attention multiplies them into others by their weight alone
     found = False
     for path, quant in served.layers.items():
         layer = model.get_submodule(path)
@@ -46,10 +46,3 @@ def _would_add(layer: LinearBase) -> bool:
         return False
     # Nor does vLLM allow a bias here: the sum over the ranks is made elsewhere.
     return not isinstance(layer, RowParallelLinear) or layer.reduce_results
-
-
-def _absorbed(model: nn.Module) -> set[nn.Module]:
-    """The layers that latent attention multiplies into others by their weight alone."""
-    attention = compat.latent_attention_class()
-    held = (module.kv_b_proj for module in model.modules() if isinstance(module, attention))
-    return {layer for layer in held if isinstance(layer, nn.Module)}
