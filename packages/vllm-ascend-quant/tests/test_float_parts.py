@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import LoadError
 from quant_modelslim.writer import write_checkpoint
-from vllm_ascend_quant.plugin import wrappers
+from vllm_ascend_quant.plugin import serving
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
 import architectures
@@ -127,14 +127,14 @@ def test_looking_for_it_takes_no_memory(
 ) -> None:
     """A mask would be as large as the weights, on a device that is full of them."""
     folder, _ = made(causal("qwen3_moe", "Qwen3Moe", mlp_only_layers=[0], moe_intermediate_size=512), tmp_path)
-    check, seen, sizes = wrappers.check_loaded, Largest(), []
+    check, seen, sizes = serving.check_loaded, Largest(), []
 
     def check_loaded(model: Any, *args: Any) -> None:
         sizes.extend(p.nbytes for name, p in model.named_parameters() if "experts" in name)
         with seen:
             check(model, *args)
 
-    monkeypatch.setattr(wrappers, "check_loaded", check_loaded)
+    monkeypatch.setattr(serving, "check_loaded", check_loaded)
     with load_model(folder, **OPTIONS):
         pass
     assert max(sizes) == 4 * 1024 * 128 * 4  # experts, rows of gate and up, features, bytes

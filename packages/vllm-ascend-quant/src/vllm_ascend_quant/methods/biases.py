@@ -29,7 +29,7 @@ def add_linear_biases(model: nn.Module, served: ServedModel) -> bool:
         stored = any(module in served.modules and served.modules[module].has("bias") for module in quant.modules)
         if stored and isinstance(layer, LinearBase) and layer not in unused and _would_add(layer):
             size = sum(cast(list[int], layer.output_partition_sizes))
-            bias = torch.zeros(size, dtype=layer.params_dtype, device=next(layer.parameters()).device)
+            bias = torch.empty(size, dtype=layer.params_dtype, device=next(layer.parameters()).device)
             layer.bias = nn.Parameter(bias, requires_grad=False)
             set_weight_attrs(layer.bias, {"output_dim": 0, "weight_loader": layer.weight_loader})
             layer.has_bias = True
