@@ -1,5 +1,6 @@
 """`load_format="dummy"`: weights are made up, and real ones come later, with the numbers of a start that had them."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from quant_core import CheckpointError
+from quant_core import CheckpointError, get_scheme_class
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
@@ -21,10 +22,18 @@ W8A8, DYNAMIC = "msmodelslim/qwen3/W8A8", "msmodelslim/qwen2/W8A8_DYNAMIC"
 GROUPS, FLATQUANT = "msmodelslim/qwen3/W8A16_GROUP64", "msmodelslim/qwen3/W4A4_FLATQUANT_DYNAMIC"
 WEIGHTS = "quant_model_weights.safetensors"
 
-#: Every checkpoint of a dense model.
+
+def is_linear(file: Path) -> bool:
+    """Whether a description has types of linear layers only, and not of caches, which are not served yet."""
+    types = {said for key, said in json.loads(file.read_text()).items() if "." in key and isinstance(said, str)}
+    return all(get_scheme_class(quant_type, "linear") for quant_type in types - {"FLOAT"})
+
+
+#: Every checkpoint of a dense model whose types are served.
 DENSE = sorted(
     str(file.parent.relative_to(DATA / "checkpoints"))
     for file in DATA.glob("checkpoints/msmodelslim/qwen[23]/*/quant_model_description*.json")
+    if is_linear(file)
 )
 
 

@@ -54,7 +54,7 @@ REFUSED = {
     },
     "parts that are multiplied by themselves": {
         "bert.embeddings.word_embeddings", "compressor.fused_wkv_wgate", "factor_input_proj", "fused_wkv_wgate",
-        "in_head", "k_proj", "lm_head", "markov_w2", "oe_embedder", "out", "out_head", "qkv_proj", "wk_weights_proj",
+        "in_head", "k_proj", "lm_head", "markov_w2", "oe_embedder", "out_head", "qkv_proj", "wk_weights_proj",
     },
     "no layer": {"args.linear"},
 }  # fmt: skip
