@@ -61,16 +61,10 @@ class AscendW8A8DynamicMoEMethod(AscendMoEScheme):
 
     def compute(self, layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Where nothing lies between the products but SwiGLU, the first one, SwiGLU and quantising are one operator."""
-        sizes, down = self.context.sizes, self.halves.get(DOWN)
-        scales = tensor_of(layer, f"{GATE_UP}weight_scale")
-        if (
-            (sizes.activation, sizes.limit) != ("silu", None)
-            or len(self.halves) < 2
-            or down is None
-            or down.context.partition.max_over_ranks is not None
-            or scales.dim() != 2
-            or not self.fuses
-        ):
+        sizes, scales = self.context.sizes, tensor_of(layer, f"{GATE_UP}weight_scale")
+        alone = self.halves[DOWN].context.partition.max_over_ranks is None  # each rank quantises by itself
+        plain = (sizes.activation, sizes.limit) == ("silu", None) and scales.dim() == 2
+        if not (self.fuses and alone and plain):
             return super().compute(layer, rows, dtype)
         assert rows.scale is not None
         codes, scale = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
