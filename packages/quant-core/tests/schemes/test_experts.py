@@ -282,9 +282,10 @@ def test_ranks_of_tensor_parallelism_add_up(workbench: Any, kind: str) -> None:
         assert close(total, looped(workbench, experts, routed))
 
 
-def test_exact_tp_agrees_with_one_rank(workbench: Any) -> None:
+@pytest.mark.parametrize("kind", ["W8A8_DYNAMIC", "W4A8_DYNAMIC", "W4A8_DYNAMIC groups", "WFP8AFP8_DYNAMIC"])
+def test_exact_tp_agrees_with_one_rank(workbench: Any, kind: str) -> None:
     """Each rank quantises its slice with the scale of the whole row."""
-    experts, routed = Experts.make("W8A8_DYNAMIC"), routing()
+    experts, routed = Experts.make(kind), routing()
     peaks: list[Tensor] = []
 
     def note(own: Tensor) -> Tensor:
