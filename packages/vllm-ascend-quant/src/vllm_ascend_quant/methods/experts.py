@@ -63,6 +63,7 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         self.quant = quant
         self.quant_method: AscendMoEScheme
         self.made_up = made_up
+        self._chooses = compat.experts_are_chosen_here()  # asked here: compiled code cannot
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         """None: what a modular kernel of vLLM would be told."""
@@ -182,7 +183,7 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM hands over the router's logits, and not the experts that it chose."""
-        return compat.experts_are_chosen_here()
+        return self._chooses
 
     def apply_monolithic(
         self, layer: nn.Module, x: torch.Tensor, router_logits: torch.Tensor, input_ids: torch.Tensor | None = None
