@@ -94,28 +94,33 @@ def expert_names(layer: Any) -> tuple[str, ...]:
     return tuple(name for name in names if name is not None)
 
 
-def experts_are_chosen_here() -> bool:
-    """Whether vLLM leaves it to the experts' method to choose them: 0.28 has no router that works on a CPU."""
+def expert_chooser() -> Callable[..., tuple[Any, Any]] | None:
+    """What chooses each token's experts where vLLM leaves it to their method: 0.28 has no router that works on a CPU.
+
+    None where vLLM chooses them itself. To be asked for before a model runs, since compiled code cannot import.
+    """
     platform = importlib.import_module("vllm.platforms").current_platform
     router = "vllm.model_executor.layers.fused_moe.router.cpu_router"
-    return bool(platform.is_cpu()) and importlib.util.find_spec(router) is None
+    if not platform.is_cpu() or importlib.util.find_spec(router) is not None:
+        return None
+    select = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe").select_experts
 
+    def choose(layer: Any, x: Any, router_logits: Any) -> tuple[Any, Any]:
+        return select(  # type: ignore[no-any-return]
+            hidden_states=x,
+            router_logits=router_logits,
+            top_k=layer.top_k,
+            use_grouped_topk=layer.use_grouped_topk,
+            renormalize=layer.renormalize,
+            topk_group=layer.topk_group,
+            num_expert_group=layer.num_expert_group,
+            custom_routing_function=layer.custom_routing_function,
+            scoring_func=layer.scoring_func,
+            routed_scaling_factor=layer.routed_scaling_factor,
+            e_score_correction_bias=layer.e_score_correction_bias,
+        )
 
-def choose_experts(layer: Any, x: Any, router_logits: Any) -> tuple[Any, Any]:
-    """The weights and global numbers of each token's experts, [tokens, k], where vLLM has no router for a CPU."""
-    return importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe").select_experts(  # type: ignore[no-any-return]
-        hidden_states=x,
-        router_logits=router_logits,
-        top_k=layer.top_k,
-        use_grouped_topk=layer.use_grouped_topk,
-        renormalize=layer.renormalize,
-        topk_group=layer.topk_group,
-        num_expert_group=layer.num_expert_group,
-        custom_routing_function=layer.custom_routing_function,
-        scoring_func=layer.scoring_func,
-        routed_scaling_factor=layer.routed_scaling_factor,
-        e_score_correction_bias=layer.e_score_correction_bias,
-    )
+    return choose
 
 
 def unquantised_experts(config: Any) -> Any:

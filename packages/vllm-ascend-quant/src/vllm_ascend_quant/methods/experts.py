@@ -63,7 +63,7 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         self.quant = quant
         self.quant_method: AscendMoEScheme
         self.made_up = made_up
-        self._chooses = compat.experts_are_chosen_here()  # asked here: compiled code cannot
+        self._choose = compat.expert_chooser()
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         """None: what a modular kernel of vLLM would be told."""
@@ -183,13 +183,14 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM hands over the router's logits, and not the experts that it chose."""
-        return self._chooses
+        return self._choose is not None
 
     def apply_monolithic(
         self, layer: nn.Module, x: torch.Tensor, router_logits: torch.Tensor, input_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The same as `apply`, of experts that are chosen here."""
-        return self.apply(layer, x, *compat.choose_experts(layer, x, router_logits))
+        assert self._choose is not None, "vLLM chooses them itself"
+        return self.apply(layer, x, *self._choose(layer, x, router_logits))
 
     def _spelled(self, name: str) -> str:
         """A parameter's suffix as the checkpoint has it."""
