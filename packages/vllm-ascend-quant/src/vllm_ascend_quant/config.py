@@ -172,10 +172,13 @@ class AscendQuantizationConfig(QuantizationConfig):
             return None
         if self._numbered is None:
             self._numbered = numbered_children(self._renamed().stored_at)
-        found = expert_modules(layer, name, self._numbered, self.format)
-        if found is None or found[1].quant_type is None:
+        experts = expert_modules(layer, name, self._numbered, self.format)
+        if experts is None:
             return None
-        return AscendFusedMoEMethod(layer, self.format, name, *found, made_up)
+        quant = self.format.experts_quant(LayerQuery(name, "moe", experts=experts))
+        if quant.quant_type is None:
+            return None
+        return AscendFusedMoEMethod(layer, self.format, name, experts, quant, made_up)
 
     def find(self, name: str) -> tuple[str, ...]:
         """The checkpoint modules behind a name, by the mappers and packed modules that vLLM handed over.

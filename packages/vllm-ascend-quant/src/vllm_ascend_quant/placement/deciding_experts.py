@@ -39,19 +39,20 @@ def decide_experts(model: nn.Module, served: ServedModel) -> bool:
             if found is None:
                 unknown[places[0]] = layer
             else:
-                remade |= _apply(places[0], layer, *found, served)
+                remade |= _apply(places[0], layer, found, served)
     return _decide_left_over(model, unknown, served) or remade
 
 
-def _apply(path: str, layer: Any, experts: ExpertModules, quant: LayerQuant, served: ServedModel) -> bool:
-    """Take note of a decision about experts; whether the layer had to be made again for it."""
-    served.layers[path] = quant
+def _apply(path: str, layer: Any, experts: ExpertModules, served: ServedModel) -> bool:
+    """Decide about experts, if nobody has about the same modules; whether the layer had to be made again for it."""
     method = layer.quant_method
-    if isinstance(method, AscendFusedMoEMethod):
-        method.name = path
-        if (method.experts, method.quant.quant_type) == (experts, quant.quant_type):
-            return False
-    elif quant.quant_type is None:
+    ours = isinstance(method, AscendFusedMoEMethod)
+    if ours and method.experts == experts:
+        method.name, served.layers[path] = path, method.quant
+        return False
+    quant = served.format.experts_quant(LayerQuery(path, "moe", experts=experts))
+    served.layers[path] = quant
+    if quant.quant_type is None and not ours:
         return False
     _make_experts_again(layer, path, served, experts, quant)
     return True
@@ -98,8 +99,7 @@ def _decide_left_over(model: nn.Module, unknown: dict[str, nn.Module], served: S
                 where=str(served.format.folder.path),
                 todo="check that config.json describes the model that was quantised, and that no file is missing",
             )
-        quant = served.format.experts_quant(LayerQuery(path, "moe", experts=experts))
-        remade |= _apply(path, layer, experts, quant, served)
+        remade |= _apply(path, layer, experts, served)
     _refuse_nameless(unknown, served)
     return remade
 

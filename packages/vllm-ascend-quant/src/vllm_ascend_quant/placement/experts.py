@@ -1,4 +1,4 @@
-"""Which modules of a checkpoint the experts of a layer are loaded from, and what the format says of them."""
+"""Which modules of a checkpoint the experts of a layer are loaded from."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from quant_core import DOWN, GATE_UP, LayerQuant, LayerQuery, LayerResolutionError, QuantFormat
+from quant_core import DOWN, GATE_UP, LayerQuery, LayerResolutionError, QuantFormat
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 
@@ -36,10 +36,8 @@ def numbered_children(stored_at: Mapping[str, tuple[str, ...]]) -> Numbered:
     return found
 
 
-def expert_modules(
-    layer: Any, name: str, numbered: Numbered, quant_format: QuantFormat
-) -> tuple[ExpertModules, LayerQuant] | None:
-    """The modules of a layer of experts and the format's answer about them; None if the checkpoint knows no such.
+def expert_modules(layer: Any, name: str, numbered: Numbered, quant_format: QuantFormat) -> ExpertModules | None:
+    """The modules of a layer of experts; None if the checkpoint knows no such.
 
     Args:
         layer: knows how many experts there are, and perhaps their names.
@@ -48,8 +46,7 @@ def expert_modules(
         quant_format: the opened checkpoint.
 
     Raises:
-        LayerResolutionError: if experts are quantised and some are absent, there are more than the model has, or they
-            disagree.
+        LayerResolutionError: if experts are quantised and some are absent, or there are more than the model has.
 
     """
     children = numbered.get(compat.expert_prefix(layer, name), {})
@@ -62,11 +59,10 @@ def expert_modules(
     if children.keys() != wanted:
         _refuse_incomplete(name, children, wanted, quant_format)
         return None
-    modules = {
+    return {
         half: tuple(tuple(children[expert, last] for last in own) for expert in range(count))
         for half, own in halves.items()
     }
-    return modules, quant_format.experts_quant(LayerQuery(name, "moe", experts=modules))
 
 
 def told_modules(told: Mapping[tuple[int, str], str], count: int) -> ExpertModules | None:
