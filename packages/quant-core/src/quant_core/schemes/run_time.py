@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.devices import current_device
+from quant_core.ops.cpu.packed import pack
 from quant_core.packing import pack_eights
 from quant_core.schemes.context import LinearContext
 from quant_core.schemes.params import replace_parameter
@@ -31,6 +32,12 @@ def process_int4_weight(layer: nn.Module, codes: Tensor, packed: bool) -> None:
         replace_parameter(layer, "weight", pack_eights(codes.t()))
     else:
         process_int8_weight(layer, codes)
+
+
+def pack_each(weights: Tensor) -> list[Tensor] | None:
+    """int8 weights [E, in, out], packed one by one for the CPU; None where this processor multiplies none rightly."""
+    packed = [found for one in weights if (found := pack(one)) is not None]
+    return packed if len(packed) == len(weights) else None
 
 
 def packed_at_run_time(context: LinearContext, devices: Sequence[str]) -> bool:

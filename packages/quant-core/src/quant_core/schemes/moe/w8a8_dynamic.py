@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.devices import current_device
-from quant_core.ops.cpu.packed import pack
 from quant_core.schemes.context import DOWN, GATE_UP
 from quant_core.schemes.experts import PACKED, AscendMoEScheme, grouped, weights_of
 from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
 from quant_core.schemes.params import replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.routing import Codes, Rows
-from quant_core.schemes.run_time import FRACTAL_NZ
+from quant_core.schemes.run_time import FRACTAL_NZ, pack_each
 
 
 @register_scheme("W8A8_DYNAMIC", "moe")
@@ -47,17 +46,10 @@ class AscendW8A8DynamicMoEMethod(AscendMoEScheme):
             if weight.device.type != "cpu":
                 replace_parameter(layer, f"{half}weight", torch.ops.npu.npu_format_cast(weight.data, FRACTAL_NZ))
             elif current_device() == "cpu" and tensor_of(layer, f"{half}weight_scale").dim() == 2:
-                self._pack(layer, half, weight.data)
-
-    def _pack(self, layer: nn.Module, half: str, weight: Tensor) -> None:
-        packed: list[Tensor] = []
-        for one in weight:
-            found = pack(one)
-            if found is None:  # for all of them: it depends on the processor
-                return
-            packed.append(found)
-        delattr(layer, f"{half}weight")
-        setattr(layer, f"{half}{PACKED}", packed)
+                packed = pack_each(weight.data)
+                if packed is not None:
+                    delattr(layer, f"{half}weight")
+                    setattr(layer, f"{half}{PACKED}", packed)
 
     def compute(self, layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Where nothing lies between the products but SwiGLU, the first one, SwiGLU and quantising are one operator."""
