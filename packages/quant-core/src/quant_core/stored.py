@@ -70,10 +70,13 @@ class WeightForm:
         packing: several values in one element; None for one.
         offset_type: whether offsets (zero points) are stored in a floating dtype or as integers.
         offset_packing: several of them in one element.
-        scale_dtype: torch.uint8 where a scale is the exponent of a power of two (MX); None for a number.
-        outer: what shares a second scale, by which those above are multiplied: a channel (`weight_channel_scale`), or
-            a longer group (`weight_dual_scale`).
+        scale_dtype: torch.uint8 where a scale is the exponent of a power of two (MX), torch.float8_e4m3fn where it is
+            a number of eight bits (NVFP4); None for a number in any wider dtype.
+        outer: what shares a second scale, by which those above are multiplied: a channel (`weight_channel_scale`), a
+            longer group (`weight_dual_scale`), or the whole tensor, whose `weight_global_scale` those above are
+            *divided* by.
         outer_group_size: input features of the longer group.
+        indexed: the group of each input feature is stored (`weight_g_idx`), instead of following from its place.
 
     """
 
@@ -87,8 +90,9 @@ class WeightForm:
     offset_type: Literal["int", "float"] = "float"
     offset_packing: Packing | None = None
     scale_dtype: torch.dtype | None = None
-    outer: Literal["channel", "group"] | None = None
+    outer: Literal["channel", "group", "tensor"] | None = None
     outer_group_size: int | None = None
+    indexed: bool = False
 
     def __post_init__(self) -> None:
         sizes = {"group_size": self.group_size, "outer_group_size": self.outer_group_size}
@@ -116,6 +120,10 @@ class ActivationForm:
         strategy: what shares a scale.
         group_size: input features that share a scale, for the strategy `group`.
         symmetric: without a zero point.
+        scale_dtype: of the scales found at run time, as `WeightForm.scale_dtype`.
+        outer: `tensor` where these are divided by a stored `input_global_scale`.
+        folded: what is stored of static scales has been multiplied with what is stored of the weight already:
+            `deq_scale` and `quant_bias` in the place of `weight_scale` and the layer's bias.
 
     """
 
@@ -125,6 +133,9 @@ class ActivationForm:
     strategy: Strategy = "token"
     group_size: int | None = None
     symmetric: bool = True
+    scale_dtype: torch.dtype | None = None
+    outer: Literal["tensor"] | None = None
+    folded: bool = False
 
 
 #: One for all: a dictionary for each module of a large model would take a tenth of a second.

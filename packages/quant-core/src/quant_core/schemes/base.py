@@ -101,6 +101,8 @@ class AscendLinearScheme(Scheme):
             its parameters itself.
         activation: how the type quantises a layer's input where a format does not say otherwise; None for not at all.
         strategies: what may share a scale of the weight.
+        takes_offsets: whether the type computes with weights that are not symmetric, whatever `stores` says.
+        takes_index: whether it computes with groups that are not made of neighbours (`WeightForm.indexed`).
         declares: the hooks that the type overrides without saying in `stores` what it stores: of what they declare, a
             format can state nothing.
         storage_class: the storage; None takes the one for what `stores` says.
@@ -112,6 +114,8 @@ class AscendLinearScheme(Scheme):
     stores: ClassVar[WeightForm | None] = None
     activation: ClassVar[ActivationForm | None] = None
     strategies: ClassVar[tuple[str, ...]] = ("channel",)
+    takes_offsets: ClassVar[bool] = False
+    takes_index: ClassVar[bool] = False
     declares: ClassVar[frozenset[str]] = _HOOKS
     storage_class: ClassVar[type[Storage] | None] = None
     folds_bias: ClassVar[bool] = False
@@ -139,6 +143,11 @@ class AscendLinearScheme(Scheme):
             return IntegerStorage(form, cls.stores)
         kind = MicroscaledStorage if stated.scale_dtype is not None else FP8Storage
         return kind(form, cls.stores)
+
+    @classmethod
+    def takes_input(cls, form: ActivationForm) -> bool:
+        """Whether the type quantises a layer's input as a format states it."""
+        return form == cls.activation
 
     @functools.cached_property
     def storage(self) -> Storage:
@@ -169,10 +178,11 @@ class AscendLinearScheme(Scheme):
         assert usual is not None
         unlike = {
             f"{stated.type}{stated.num_bits} weights": (stated.type, stated.num_bits) != (usual.type, usual.num_bits),
-            "asymmetric weights": usual.symmetric and not stated.symmetric,
+            "asymmetric weights": usual.symmetric and not stated.symmetric and not cls.takes_offsets,
+            "stored index of groups (weight_g_idx)": stated.indexed and not cls.takes_index,
             f"scales per {stated.strategy}": stated.strategy not in cls.strategies,
             f"such a form ({stated})": not storage.keeps(),
-            f"such activations ({form.input})": form.input is not None and form.input != cls.activation,
+            f"such activations ({form.input})": form.input is not None and not cls.takes_input(form.input),
         }
         first = next((what for what, wrong in unlike.items() if wrong), None)
         if first is None:

@@ -40,7 +40,10 @@ def check_shared(context: LinearContext, name: str, copies: torch.Tensor) -> Non
 
 
 def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[ParamLayout], prefix: str = "") -> None:
-    """Give `layer` the tensors that its scheme expects: one of each shared parameter, zeros for what the files lack.
+    """Give `layer` the tensors that its scheme expects.
+
+    That is one of each shared parameter, one entry per output feature of what holds for a whole module (`per_row`), and
+    zeros for what the files lack.
 
     Zeros are no parameters: an engine's reload would wait for weights of them. `prefix` stands before names on `layer`.
     """
@@ -50,6 +53,8 @@ def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[
         if layout.axis is None:
             copies = layer.get_parameter(name).data
             replace_parameter(layer, name, (copies[0] if layout.depth is None else copies[:, 0]).clone())
+        elif layout.param.per_row:
+            replace_parameter(layer, name, _per_row(layer.get_parameter(name).data, layout))
     for layout in absent:
         name = f"{prefix}{layout.name}"
         if hasattr(layer, name):  # from the last time; a parameter would not give way to a plain tensor
@@ -57,3 +62,9 @@ def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[
         members = None if layout.axis is not None else 0 if layout.depth is None else 1  # the axis of copies
         shape = [size for axis, size in enumerate(layout.shape) if axis != members]
         setattr(layer, name, torch.zeros(shape, dtype=layout.param.dtype, device=device))
+
+
+def _per_row(values: torch.Tensor, layout: ParamLayout) -> torch.Tensor:
+    """One value of each member, [members] or [layers, members], as one of each output feature: [..., out, 1]."""
+    rows = torch.tensor(layout.rows, device=values.device)
+    return values.repeat_interleave(rows, dim=-1, output_size=sum(layout.rows)).unsqueeze(-1)

@@ -27,6 +27,7 @@ class ParamLayout:
         offsets: where each member starts on `axis`, and last the end of all.
         input_parts: into how many parts `input_dim` is cut.
         depth: how many layers a stack has; None for a layer by itself.
+        rows: the output features of each member on this rank.
 
     """
 
@@ -37,6 +38,7 @@ class ParamLayout:
     offsets: tuple[int, ...]
     input_parts: int
     depth: int | None = None
+    rows: tuple[int, ...] = ()
 
     @property
     def param(self) -> Param:
@@ -124,7 +126,8 @@ def _layout(
         sizes = [s.local_output_size // m.output_step for m, s in zip(members, context.shards, strict=True)]
     offsets = [0, *itertools.accumulate(sizes)]
     shape[axis] = offsets[-1]
-    return ParamLayout(name, tuple(members), (*stacked, *shape), axis, tuple(offsets), parts, depth)
+    rows = tuple(shard.local_output_size for shard in context.shards)
+    return ParamLayout(name, tuple(members), (*stacked, *shape), axis, tuple(offsets), parts, depth, rows)
 
 
 def _divides(param: Param, parts: int, input_size: int) -> bool:

@@ -24,7 +24,7 @@ MXFP8 = WeightForm(type="float", strategy="group", group_size=mx.BLOCK, scale_dt
 MXFP4 = replace(MXFP8, num_bits=4, packing=Packing(axis=1))
 
 #: The same of activations, at run time.
-TOKENS_MXFP8 = ActivationForm(type="float", strategy="group", group_size=mx.BLOCK)
+TOKENS_MXFP8 = ActivationForm(type="float", strategy="group", group_size=mx.BLOCK, scale_dtype=torch.uint8)
 TOKENS_MXFP4 = replace(TOKENS_MXFP8, num_bits=4)
 
 #: Arguments of npu_dynamic_mx_quant. FP4 ties go away from zero, as vllm-ascend calls it.

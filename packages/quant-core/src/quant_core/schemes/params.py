@@ -26,6 +26,8 @@ class Param:
         input_step: input features per index of `input_dim` (the group size for a group's scale).
         shared: all members of a fused layer store the same tensor, and the scheme is handed one of them. Without it, a
             parameter that has no `output_dim` has one entry per member, concatenated on axis 0.
+        per_row: one stored value holds for all output features of the module, and the scheme is handed it once for each
+            of them, [out, 1], as if it were stored per channel.
         check: judges loaded values; not asked for dummy weights.
         dummy: the value that `load_format="dummy"` fills in, where a random one would make no sense.
         plain: declared by a tensor (hooks.py): the files may hold another floating dtype, which is converted, or no
@@ -40,6 +42,7 @@ class Param:
     output_step: int = 1
     input_step: int = 1
     shared: bool = False
+    per_row: bool = False
     check: ValueCheck | None = None
     dummy: float | None = None
     plain: bool = False

@@ -64,7 +64,7 @@ class AscendEmbeddingMethod(AscendLinearMethod):
             super().make_run_time_form(layer)
             return
         stored = stored_parameters(layer)
-        self._axes = {name: param.param.output_dim for name, param in stored.items()}
+        self._axes = {name: 0 if p.param.per_row else p.param.output_dim for name, p in stored.items()}
         hand_over(layer, [param.filling.layout for param in stored.values()], ())
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -48,7 +48,7 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
     folds_bias = True
 
     stores = WeightForm()
-    activation = ActivationForm(dynamic=False, strategy="tensor", symmetric=False)
+    activation = ActivationForm(dynamic=False, strategy="tensor", symmetric=False, folded=True)
     storage_class = StaticStorage
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:

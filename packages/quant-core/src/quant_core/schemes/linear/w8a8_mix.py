@@ -22,7 +22,7 @@ class AscendW8A8MixLinearMethod(AscendLinearScheme):
 
     granularity = ("per channel",)
     stores = WeightForm()
-    activation = ActivationForm(dynamic=False, strategy="tensor", symmetric=False)
+    activation = ActivationForm(dynamic=False, strategy="tensor", symmetric=False, folded=True)
 
     @classmethod
     def create(cls, context: LayerContext) -> Self:
