@@ -28,7 +28,7 @@ class Finding:
         file: the file's name, if it is about one.
         layer: the engine's layer or the checkpoint's module, if it is about one.
         tensor: the stored tensor's name, if it is about one.
-        severity: an error keeps the checkpoint from being served, a warning does not.
+        severity: an error keeps the checkpoint from being served, a warning does not; an info is nothing odd.
         error: the class of the error that it is raised as.
 
     """
@@ -42,7 +42,7 @@ class Finding:
     file: str | None = None
     layer: str | None = None
     tensor: str | None = None
-    severity: Literal["error", "warning"] = "error"
+    severity: Literal["error", "warning", "info"] = "error"
     error: "type[QuantError] | None" = None
 
     def __str__(self) -> str:

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 from vllm_ascend_quant.__about__ import __version__
 
 if TYPE_CHECKING:
-    from vllm_ascend_quant.config import AscendModelSlimConfig, AscendQuantizationConfig
+    from vllm_ascend_quant.config import (
+        AscendCompressedTensorsConfig,
+        AscendModelSlimConfig,
+        AscendQuantizationConfig,
+    )
     from vllm_ascend_quant.methods.embedding import AscendEmbeddingMethod
     from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
     from vllm_ascend_quant.methods.linear import AscendLinearMethod
 
 __all__ = [
+    "AscendCompressedTensorsConfig",
     "AscendEmbeddingMethod",
     "AscendFusedMoEMethod",
     "AscendLinearMethod",
@@ -24,6 +29,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AscendCompressedTensorsConfig": "vllm_ascend_quant.config",
     "AscendEmbeddingMethod": "vllm_ascend_quant.methods.embedding",
     "AscendFusedMoEMethod": "vllm_ascend_quant.methods.experts",
     "AscendLinearMethod": "vllm_ascend_quant.methods.linear",

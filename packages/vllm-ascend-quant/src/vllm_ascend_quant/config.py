@@ -25,6 +25,7 @@ from quant_core import (
     LoadError,
     QuantFormat,
     list_formats,
+    require_scheme_class,
 )
 from quant_core.names import ModuleNames
 from vllm_ascend_quant.compat import check_complete, map_name
@@ -219,7 +220,34 @@ class AscendModelSlimConfig(AscendQuantizationConfig):
         return {} if description is None else description.types
 
 
-_NAMED = {AscendModelSlimConfig.format_name: AscendModelSlimConfig}
+class AscendCompressedTensorsConfig(AscendQuantizationConfig):
+    """`--quantization compressed-tensors`: a folder that llm-compressor wrote."""
+
+    format_name: ClassVar[str] = "compressed-tensors"
+
+    @property
+    def target_scheme_map(self) -> Mapping[str, Mapping[str, Any]]:
+        """Target to `weights`, `input_activations` and `format`, under vLLM's names for them."""
+        section = getattr(self.format, "section", None)
+        return {} if section is None else section.target_scheme_map
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> None:
+        """None: the section always names the method, and vLLM lets no built-in name claim another's checkpoint."""
+        return
+
+    def _get_scheme_from_parts(self, weights: Any, input_activations: Any, format: str | None = None) -> Any:
+        """The scheme class of linear layers for the library's arguments; raises as `combinations.quant_type`."""
+        from quant_compressed_tensors.combinations import quant_type
+
+        return require_scheme_class(quant_type(weights, input_activations), "linear")
+
+
+_NAMED: dict[str, type[AscendQuantizationConfig]] = {
+    named.format_name: named for named in (AscendModelSlimConfig, AscendCompressedTensorsConfig)
+}
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from quant_core import CheckpointError, CheckpointFolder, Detection, QuantFormat, detect_formats, list_formats
+from quant_core import CheckpointError, CheckpointFolder, Detection, QuantFormat, detect_formats
+from vllm_ascend_quant import installed
 from vllm_ascend_quant.files import hub
 
 
@@ -39,8 +40,8 @@ def _named(engine_args: Any, model: Any, revision: str | None) -> hub.NamedModel
 
 def _method(folder: CheckpointFolder, asked: str | None, as_given: str) -> str | None:
     """vLLM's name of the method of a folder; what was asked for, given in these words, if it is no format of ours."""
-    formats = list_formats()
-    found = detect_formats(folder)
+    formats = installed.formats()
+    found = [detection for detection in detect_formats(folder) if detection.format in formats]
     if not found:
         for quant_format in formats.values():
             if quant_format.vllm_name == asked:
@@ -57,7 +58,7 @@ def _method(folder: CheckpointFolder, asked: str | None, as_given: str) -> str |
         instead = as_given.format(method)
         raise _contradiction(as_given.format(asked), method, found[0], f"leave it out, or give {instead}")
     declared = folder.declared_method
-    if declared not in (None, method):
+    if declared is not None and declared.lower().replace("_", "-") != method:  # as vLLM reads it
         todo = "remove quantization_config from config.json if the weights are those of the description"
         raise _contradiction(f"the method {declared!r} in config.json", method, found[0], todo)
     return method

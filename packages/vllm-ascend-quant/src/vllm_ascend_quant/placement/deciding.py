@@ -5,6 +5,8 @@ or differs from the module's path, and the mapping of fused modules may be compl
 loader will put a tensor (paths.py), so layers that were decided otherwise are made again.
 """
 
+import logging
+
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
@@ -70,8 +72,8 @@ def _report(served: ServedModel) -> None:
     """Tell the format what was decided, and say what it finds odd about that."""
     findings = list(served.format.review(served.layers))
     for finding in findings:
-        if finding.severity == "warning":
-            logger.warning("%s", finding)
+        if finding.severity != "error":
+            logger.log(logging.WARNING if finding.severity == "warning" else logging.INFO, "%s", finding)
     raise_findings(findings)
 
 

@@ -1,6 +1,5 @@
 """The entry point that vLLM calls in every process."""
 
-from quant_core import list_formats
 from vllm_ascend_quant.compat import UnsupportedVllmError, check_version
 
 
@@ -20,11 +19,11 @@ def register() -> None:
     # After the check: these import parts of vLLM whose place may differ in other versions.
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from vllm_ascend_quant import switches
+    from vllm_ascend_quant import installed, switches
     from vllm_ascend_quant.config import config_class
     from vllm_ascend_quant.plugin import precedence, wrappers
 
-    for name, quant_format in list_formats().items():
+    for name, quant_format in installed.formats().items():
         register_quantization_config(quant_format.vllm_name)(config_class(name))
         if switches.enabled("precedence"):
             precedence.hold(quant_format.vllm_name, config_class(name))

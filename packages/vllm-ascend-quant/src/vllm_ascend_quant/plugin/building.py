@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig
 
-from quant_core import list_formats
-from vllm_ascend_quant import compat
+from vllm_ascend_quant import compat, installed
 from vllm_ascend_quant.config import AscendQuantizationConfig, while_building
 from vllm_ascend_quant.files import loaders
 from vllm_ascend_quant.plugin import wrappers
@@ -71,8 +70,9 @@ def with_own_config(vllm_config: Any, model_config: Any, load_config: Any) -> An
     vLLM builds drafts that share weights or hidden states with their target (EAGLE, MTP) under the target's
     `VllmConfig`, quantisation included. A draft is quantised as its own folder says, which may be not at all.
     """
-    ours = {quant_format.vllm_name for quant_format in list_formats().values()}
-    if model_config.quantization not in ours and not isinstance(vllm_config.quant_config, AscendQuantizationConfig):
+    if model_config.quantization not in installed.methods() and not isinstance(
+        vllm_config.quant_config, AscendQuantizationConfig
+    ):
         return vllm_config
     # Not vLLM's `replace`: where no quantisation is given, that takes the target's again.
     own = copy.copy(vllm_config)

@@ -4,8 +4,8 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from quant_core import LimitError, list_formats
-from vllm_ascend_quant import options
+from quant_core import LimitError
+from vllm_ascend_quant import installed, options
 from vllm_ascend_quant.config import AscendQuantizationConfig
 
 #: The option that says that a draft was made for the rotated hidden states.
@@ -22,12 +22,11 @@ def refuse_rotated_target(speculative: Any, load_config: Any, additional_config:
 
     """
     target, draft = speculative.target_model_config, speculative.draft_model_config
-    ours = {quant_format.vllm_name for quant_format in list_formats().values()}
     if (
         draft is None
         or draft.model == target.model
         or speculative.uses_draft_model()
-        or target.quantization not in ours
+        or target.quantization not in installed.methods()
     ):
         return
     config = VllmConfig.get_quantization_config(target, load_config)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from vllm.logger import init_logger
 
-from quant_core import QuantError, list_formats
+from quant_core import QuantError
 from vllm_ascend_quant.config import AscendQuantizationConfig
 
 logger = init_logger("vllm.ascend_quant")
@@ -48,9 +48,8 @@ def _is_ours(config: Any) -> bool:
     """Whether this is vLLM's configuration of a model that we serve, or of one with a draft of ours."""
     speculative = getattr(config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
-    names = {quant_format.vllm_name for quant_format in list_formats().values()}
     return isinstance(getattr(config, "quant_config", None), AscendQuantizationConfig) or (
-        getattr(draft, "quantization", None) in names
+        getattr(draft, "quantization", None) in installed.methods()
     )
 
 

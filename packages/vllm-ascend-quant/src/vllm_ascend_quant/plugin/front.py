@@ -10,15 +10,14 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from quant_core import list_formats
-from vllm_ascend_quant import compat
+from vllm_ascend_quant import compat, installed
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.files import detection, hub, loaders
 from vllm_ascend_quant.plugin.drafting import refuse_rotated_target
 
 
 def _ours(method: str | None) -> bool:
-    return method in {quant_format.vllm_name for quant_format in list_formats().values()}
+    return method in installed.methods()
 
 
 def detect(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:

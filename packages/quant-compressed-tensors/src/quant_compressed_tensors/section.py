@@ -1,0 +1,318 @@
+"""The section of config.json that describes a compressed-tensors checkpoint.
+
+It is parsed by the library's own models. What stands here is where the section is, what its dialects spell otherwise,
+and which of its parts ask for something that nobody would do.
+"""
+
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from packaging.version import InvalidVersion, Version
+
+from quant_core import CheckpointError, CheckpointFolder, Finding, UnsupportedSchemeError
+from quant_core.errors import listing
+
+# The library imports transformers, which takes seconds: only when a folder is in this format.
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+#: The format's name, and what `quant_method` says.
+NAME = "compressed-tensors"
+
+_CONFIG = "config.json"
+
+#: Keys of the section and of a group that are acted on, or that say nothing about how a model is computed.
+_KEYS = (
+    "config_groups",
+    "ignore",
+    "format",
+    "kv_cache_scheme",
+    "sparsity_config",
+    "transform_config",
+    "quant_method",
+    "quantization_status",
+    "global_compression_ratio",
+    "version",
+    "run_compressed",
+)
+_GROUP_KEYS = ("targets", "weights", "input_activations", "output_activations", "format")
+_ARGUMENTS = ("weights", "input_activations", "output_activations")
+
+#: How writers for Ascend spell null, true and false.
+_SPELLED: dict[str, Any] = {"null": None, "none": None, "true": True, "false": False}
+
+#: What transforms that act at run time multiply; those of weights are in the stored weights already.
+_MERGED = ("weight_input", "weight_output")
+
+#: How the order of columns during calibration is called; it shows in the tensors, if it matters at all.
+_ORDERS = (None, True, False, "weight", "static", "group", "dynamic")
+
+#: What other keys mean, in the words of an error.
+_ELSEWHERE = {
+    "moe_sparsity_config": "layers with different numbers of experts",
+    "activation_use_clip": "activations that are clipped by a stored ratio before they are quantised",
+    "weight_block_size": "blocks of weights; this format says it by `strategy: block` and `block_structure`",
+    "li_cache_scheme": "a quantised cache of the lightning indexer",
+    "comp_cache_scheme": "a quantised cache of compressed keys",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """The section, parsed.
+
+    Attributes:
+        place: its key in config.json.
+        groups: the schemes by the name of their group, in the order of the file.
+        ignore: names and patterns of modules that stay float.
+        format: how all groups are stored that do not say it themselves.
+        raw: what config.json has.
+
+    """
+
+    place: str
+    groups: Mapping[str, "QuantizationScheme"]
+    ignore: tuple[str, ...]
+    format: str
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: CheckpointFolder) -> Self:
+        """Find and parse the section of a folder.
+
+        Raises:
+            CheckpointError: if there is none, or the library cannot parse it; names the key.
+
+        """
+        found = find_section(folder)
+        if found is None:
+            raise CheckpointError(
+                f"{folder.path} is no compressed-tensors checkpoint: config.json has no section that says so",
+                found=f"the method {folder.declared_method!r}" if folder.declared_method else None,
+                expected=f'"quantization_config": {{"quant_method": "{NAME}", ...}}',
+                todo="serve it without --quantization, or take the config.json that was written with the weights",
+            )
+        place, raw = found
+        plain = _without_dialect(raw)
+        config = _parsed(plain, place, raw)
+        groups = {name: scheme for name, scheme in config.config_groups.items() if not isinstance(scheme, list)}
+        return cls(place, groups, tuple(config.ignore or ()), str(config.format), raw)
+
+    @property
+    def target_scheme_map(self) -> dict[str, dict[str, Any]]:
+        """Each target with the arguments of its group; of several groups with one target, the last counts."""
+        return {
+            target: {
+                "weights": scheme.weights,
+                "input_activations": scheme.input_activations,
+                "format": scheme.format or self.format,
+            }
+            for scheme in self.groups.values()
+            for target in scheme.targets
+        }
+
+    def key(self, *path: str) -> str:
+        """A key of the section as a user finds it in config.json."""
+        return ".".join([self.place, *path])
+
+
+def find_section(folder: CheckpointFolder) -> tuple[str, Mapping[str, Any]] | None:
+    """The section that names this format, and its key in config.json; None if there is none.
+
+    Old files have it as `compression_config`, some models of text and images inside `text_config`. A section that does
+    not name the method may be anything.
+    """
+    text = folder.config.get("text_config")
+    for name in ("quantization_config", "compression_config"):
+        for prefix, config in (("", folder.config), ("text_config.", text)):
+            section = config.get(name) if isinstance(config, Mapping) else None
+            if isinstance(section, Mapping) and _plain(section.get("quant_method")) == NAME:
+                return f"{prefix}{name}", section
+    return None
+
+
+def _plain(method: object) -> str:
+    """The name of a method as vLLM reads it."""
+    return str(method).lower().replace("_", "-")
+
+
+def unserved_parts(section: Section) -> Iterator[Finding]:
+    """What the section asks for and nobody here does: to leave it out would give other numbers without a word."""
+    yield from _unknown_keys(section.raw, _KEYS, section.place)
+    for name, group in section.raw["config_groups"].items():
+        if isinstance(group, Mapping):
+            yield from _unknown_keys(group, (*_GROUP_KEYS, "actorder"), section.key("config_groups", name))
+    yield from _sparse(section)
+    yield from _online_transforms(section)
+    if not _asks_nothing(section.raw.get("kv_cache_scheme")):
+        yield _unserved(section.key("kv_cache_scheme"), "a quantised key/value cache", "quantise without it")
+    for name, scheme in section.groups.items():
+        key = section.key("config_groups", name)
+        if scheme.output_activations is not None:
+            todo = "quantise without output_activations"
+            yield _unserved(f"{key}.output_activations", "quantised outputs of layers, which no operator has", todo)
+        if scheme.weights is None and scheme.input_activations is not None:
+            what = f"activations alone, of {listing(scheme.targets)}"
+            yield _unserved(f"{key}.input_activations", what, "quantise without attention groups")
+
+
+def _unserved(key: str, what: str, todo: str, found: object = None) -> Finding:
+    return Finding(
+        f"{_CONFIG} asks for what is not served: {what}",
+        where=f"{_CONFIG}: {key}",
+        found=None if found is None else str(found),
+        todo=todo,
+        file=_CONFIG,
+        error=UnsupportedSchemeError,
+    )
+
+
+def _unknown_keys(given: Mapping[str, Any], known: tuple[str, ...], place: str) -> Iterator[Finding]:
+    for key, value in given.items():
+        if key in known or _asks_nothing(value):
+            continue
+        if key in _ELSEWHERE:
+            yield _unserved(f"{place}.{key}", _ELSEWHERE[key], "quantise without it", value)
+            continue
+        near = difflib.get_close_matches(str(key)[:100], known, n=1)
+        yield Finding(
+            f"{_CONFIG} has a key that nobody reads: {place}.{key}",
+            found=str(value)[:200],
+            expected=f"{near[0]!r}?" if near else f"one of {listing(known, 20)}",
+            todo="correct its name; remove it if it says nothing about how the model is computed",
+            file=_CONFIG,
+            error=CheckpointError,
+        )
+
+
+def _asks_nothing(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower() in ("", "null", "none", "false")
+    if isinstance(value, Mapping):
+        return all(_asks_nothing(part) for part in value.values())
+    return value is None or value is False or (isinstance(value, list) and all(map(_asks_nothing, value)))
+
+
+def _sparse(section: Section) -> Iterator[Finding]:
+    sparsity = section.raw.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
+        todo = "save the model without sparse compression (llm-compressor: disable_sparse_compression=True)"
+        what = "weights that are stored without their zeros"
+        yield _unserved(section.key("sparsity_config", "format"), what, todo, sparsity["format"])
+
+
+def _online_transforms(section: Section) -> Iterator[Finding]:
+    config = section.raw.get("transform_config")
+    groups = config.get("config_groups") if isinstance(config, Mapping) else None
+    for name, scheme in groups.items() if isinstance(groups, Mapping) else ():
+        applied = scheme.get("apply") if isinstance(scheme, Mapping) else None
+        for entry in applied if isinstance(applied, list) else [applied]:
+            location = entry.get("location") if isinstance(entry, Mapping) else None
+            if location not in _MERGED:
+                what = (
+                    f"a transform of {location} at run time" if location else "a transform that says not where it acts"
+                )
+                todo = "quantise with transforms that can be merged into the weights (SpinQuant: R1 and R2 only)"
+                yield _unserved(section.key("transform_config", "config_groups", name), what, todo)
+
+
+def _without_dialect(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The section as the library wants it.
+
+    The order of columns during calibration is left out: newer versions refuse one that older ones wrote, and what it
+    changed shows in the tensors.
+    """
+    plain = {key: _spelled(value) for key, value in raw.items() if key in _KEYS and key != "kv_cache_scheme"}
+    groups = plain.get("config_groups")
+    if isinstance(groups, dict):
+        for group in groups.values():
+            if not isinstance(group, dict):
+                continue
+            for key in [key for key in group if key not in _GROUP_KEYS]:
+                del group[key]
+            for name in _ARGUMENTS:
+                arguments = group.get(name)
+                if isinstance(arguments, dict) and _known_order(arguments.get("actorder")):
+                    arguments.pop("actorder", None)
+    return plain
+
+
+def _known_order(value: Any) -> bool:
+    return any(value is order or (isinstance(order, str) and value == order) for order in _ORDERS)
+
+
+def _spelled(value: Any) -> Any:
+    """A copy with null, true and false where they stand as strings."""
+    if isinstance(value, Mapping):
+        return {key: _spelled(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_spelled(part) for part in value]
+    return _SPELLED.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _parsed(plain: dict[str, Any], place: str, raw: Mapping[str, Any]) -> Any:
+    """What the library makes of a section.
+
+    Raises:
+        CheckpointError: says what the library says, and at which key.
+
+    """
+    from compressed_tensors.quantization import QuantizationConfig
+    from pydantic import ValidationError
+
+    if not isinstance(plain.get("config_groups"), dict):
+        raise _unparsable([f"{place}.config_groups: expected an object of groups"], raw)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about observers, which only calibration has
+            return QuantizationConfig.model_validate(plain)
+    except ValidationError as error:
+        raise _unparsable(_complaints(error, place), raw) from error
+    except Exception as error:  # older libraries raise whatever comes for what they do not know
+        raise _unparsable([_complaint(plain, place, error)], raw) from error
+
+
+def _complaints(error: Any, place: str) -> list[str]:
+    """Each complaint with its key; a group is an object or a list, and the library complains about both."""
+    complaints = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"] if part != "QuantizationScheme"]
+        if "list[str]" not in path:
+            given = "" if isinstance(problem["input"], Mapping) else f", not {str(problem['input'])[:100]!r}"
+            complaints.append(f"{'.'.join([place, *path])}: {problem['msg']}{given}")
+    return complaints or [f"{place}: {str(error)[:500]}"]
+
+
+def _complaint(plain: dict[str, Any], place: str, error: Exception) -> str:
+    """An exception without a key, with the key at which it is raised again."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    for name, group in plain["config_groups"].items():
+        for part in _ARGUMENTS if isinstance(group, dict) else ():
+            try:
+                QuantizationArgs.model_validate(group.get(part) or {})
+            except Exception as again:
+                if type(again) is type(error):
+                    return f"{place}.config_groups.{name}.{part}: {again}"
+    return f"{place}: {error!r}"
+
+
+def _unparsable(complaints: list[str], raw: Mapping[str, Any]) -> CheckpointError:
+    from compressed_tensors import __version__ as installed
+
+    todo = "correct config.json, or quantise the model again"
+    try:
+        newer = Version(str(raw.get("version"))) > Version(installed)
+    except InvalidVersion:
+        newer = False
+    if newer:
+        todo = f"install compressed-tensors {raw['version']} or newer, which wrote it; here is {installed}"
+    return CheckpointError(
+        f"{_CONFIG} has a section that compressed-tensors {installed} cannot read: {listing(complaints)}",
+        where=_CONFIG,
+        todo=todo,
+        file=_CONFIG,
+    )

@@ -1,0 +1,138 @@
+"""Comparing the section with the files, from metadata alone and before an engine exists."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from quant_compressed_tensors.resolve import EXPERTS, Answer, Resolver, is_expert
+from quant_compressed_tensors.section import Section, unserved_parts
+from quant_compressed_tensors.stating import ATTENTION, is_quantised
+from quant_core import CheckpointError, CheckpointFolder, Finding, LayerQuant, LoadError, QuantError, StoredForm
+from quant_core.errors import listing
+
+#: Classes that every model has.
+_EVERYWHERE = ("Linear", "Embedding")
+
+
+def examine(
+    folder: CheckpointFolder, section: Section, resolver: Resolver, modules: Mapping[str, StoredForm]
+) -> Iterator[Finding]:
+    """Everything that is wrong with a folder without the model.
+
+    Args:
+        folder: the folder.
+        section: what its config.json says.
+        resolver: of this section.
+        modules: what the files store, under canonical suffixes.
+
+    """
+    yield from unserved_parts(section)
+    yield from _stray_cache_scales(section, modules)
+    wrong: dict[int, tuple[QuantError, list[str]]] = {}
+    kinds: dict[object, Answer] = {}
+    for form in modules.values():
+        if not is_quantised(form):
+            continue
+        try:
+            answer = resolver.of(form)
+            kinds.setdefault((answer.group, form.shape("weight", ())), answer)
+        except QuantError as error:  # one object for all modules that are alike
+            wrong.setdefault(id(error), (error, []))[1].append(form.module)
+    for error, alike in wrong.values():
+        yield from (replace(finding, also=tuple(alike[1:])) for finding in error.findings)
+    if not wrong:
+        yield from _wrong_shapes(folder, kinds.values())
+
+
+def _stray_cache_scales(section: Section, modules: Mapping[str, StoredForm]) -> Iterator[Finding]:
+    """Scales of a cache that the section does not mention."""
+    if section.raw.get("kv_cache_scheme") is not None or any(s.weights is None for s in section.groups.values()):
+        return
+    stray = [t for form in modules.values() for suffix, t in form.tensors.items() if suffix in ATTENTION]
+    if stray:
+        yield Finding(
+            f"the files hold {len(stray)} scales of a quantised cache, and config.json has no kv_cache_scheme",
+            where=f"config.json: {section.place}",
+            found=listing(f"{tensor.name} in {tensor.file}" for tensor in stray),
+            todo="take config.json and weights from one run of the tool",
+            tensor=stray[0].name,
+            error=CheckpointError,
+        )
+
+
+def _wrong_shapes(folder: CheckpointFolder, answers: Iterable[Answer]) -> Iterator[Finding]:
+    """Packed weights that say another shape of themselves than their words have; one of each kind tells."""
+    said = {
+        tensor.name: answer
+        for answer in answers
+        if (tensor := folder.modules[answer.form.module].tensors.get("weight_shape")) is not None
+    }
+    for name, values in folder.read_tensors(said).items():
+        form = said[name].form
+        inputs, outputs = form.sizes() or (0, 0)
+        if values.tolist() != [outputs, inputs]:
+            yield Finding(
+                f"{form.module} holds another number of weights than it says",
+                where=f"config.json: {said[name].evidence.key}",
+                found=f"{form.found('weight')}, which is {[outputs, inputs]} of {form.weight and form.weight.num_bits} "
+                f"bits; {name} is {values.tolist()}",
+                expected="the number of bits with which the weights were packed",
+                todo="take config.json and weights from one run of the tool",
+                tensor=name,
+                error=LoadError,
+            )
+
+
+def oddities(
+    folder: CheckpointFolder,
+    section: Section,
+    resolver: Resolver,
+    modules: Mapping[str, StoredForm],
+    decisions: Mapping[str, LayerQuant],
+) -> Iterator[Finding]:
+    """Entries that match nothing, and groups whose targets match what is stored in float.
+
+    Args:
+        folder: the folder.
+        section: what its config.json says.
+        resolver: of this section.
+        modules: what the files store.
+        decisions: about each layer of a model, by the engine's name of it; none without a model.
+
+    """
+    entries: dict[str, list[str]] = defaultdict(list)
+    for group, scheme in section.groups.items():
+        for target in scheme.targets if scheme.weights is not None else ():
+            entries[target].append(section.key("config_groups", group, "targets"))
+    for entry in section.ignore:
+        entries[entry].append(section.key("ignore"))
+    tied = bool(folder.config.get("tie_word_embeddings"))
+    for entry, keys in entries.items():
+        if entry in _EVERYWHERE or (entry == "lm_head" and tied) or _names_something(entry, resolver, modules):
+            continue
+        yield Finding(
+            f"{entry!r} names no module of this checkpoint",
+            where=f"config.json: {listing(keys)}",
+            todo="none, if it names what this model does not have; otherwise correct it",
+            file="config.json",
+            severity="warning",
+        )
+    silent = Counter(
+        (evidence.key, evidence.value)
+        for quant in decisions.values()
+        if quant.quant_type is None
+        for evidence in quant.evidence
+        if evidence.key in {section.key("config_groups", group) for group in section.groups}
+    )
+    for (key, target), count in sorted(silent.items()):
+        yield Finding(
+            f"{count} modules that {target!r} matches are stored in float, and are served in float",
+            where=f"config.json: {key}",
+            severity="info",
+        )
+
+
+def _names_something(entry: str, resolver: Resolver, modules: Mapping[str, StoredForm]) -> bool:
+    if entry == EXPERTS:
+        return any(is_expert(module) for module in modules)
+    return any(resolver.matcher.matches(entry, module) for module in modules)
