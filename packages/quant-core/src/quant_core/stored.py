@@ -124,6 +124,7 @@ class ActivationForm:
         outer: `tensor` where these are divided by a stored `input_global_scale`.
         folded: what is stored of static scales has been multiplied with what is stored of the weight already:
             `deq_scale` and `quant_bias` in the place of `weight_scale` and the layer's bias.
+        ties: where a value goes that lies in the middle of two codes: to the even one, or away from zero.
 
     """
 
@@ -136,6 +137,7 @@ class ActivationForm:
     scale_dtype: torch.dtype | None = None
     outer: Literal["tensor"] | None = None
     folded: bool = False
+    ties: Literal["even", "away"] = "even"
 
 
 #: One for all: a dictionary for each module of a large model would take a tenth of a second.

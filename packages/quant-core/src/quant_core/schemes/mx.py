@@ -25,11 +25,11 @@ MXFP4 = replace(MXFP8, num_bits=4, packing=Packing(axis=1))
 
 #: The same of activations, at run time.
 TOKENS_MXFP8 = ActivationForm(type="float", strategy="group", group_size=mx.BLOCK, scale_dtype=torch.uint8)
-TOKENS_MXFP4 = replace(TOKENS_MXFP8, num_bits=4)
+TOKENS_MXFP4 = replace(TOKENS_MXFP8, num_bits=4, ties="away")  # as vllm-ascend calls the operator
 
-#: Arguments of npu_dynamic_mx_quant. FP4 ties go away from zero, as vllm-ascend calls it.
-TO_FP8: dict[str, Any] = {"dst_type": torch.float8_e4m3fn, "round_mode": "rint", "scale_alg": 0}
-TO_FP4: dict[str, Any] = {"dst_type": FLOAT4_E2M1, "round_mode": "round", "scale_alg": 0}
+#: Arguments of npu_dynamic_mx_quant.
+TO_FP8: dict[str, Any] = {"dst_type": torch.float8_e4m3fn, "scale_alg": 0}
+TO_FP4: dict[str, Any] = {"dst_type": FLOAT4_E2M1, "scale_alg": 0}
 
 
 def run_time_weight(stored: Tensor) -> Tensor:
@@ -109,6 +109,22 @@ class MXLinearScheme(AscendLinearScheme):
     strategies = ("group",)
     storage: MicroscaledStorage
 
+    @classmethod
+    def takes_input(cls, form: ActivationForm) -> bool:
+        """Wherever ties go: the operator can do both."""
+        return cls.activation is not None and replace(form, ties=cls.activation.ties) == cls.activation
+
+    @property
+    def round_mode(self) -> str:
+        """Where ties go, in the operator's words."""
+        form = self.context.form.input or self.activation
+        return "round" if form is not None and form.ties == "away" else "rint"
+
+    def quantize_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of an input [tokens, in] and the exponents of its blocks [tokens, ceil(in / 64), 2]."""
+        codes, scale = torch.ops.npu.npu_dynamic_mx_quant(rows, round_mode=self.round_mode, **self.quantisation)
+        return codes, scale
+
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Turn weight and exponents, both as views: the operator wants them transposed alike."""
         replace_parameter(layer, "weight", run_time_weight(layer.get_parameter("weight").data).t())
@@ -117,7 +133,7 @@ class MXLinearScheme(AscendLinearScheme):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply."""
-        codes, x_scale = torch.ops.npu.npu_dynamic_mx_quant(x.reshape(-1, x.shape[-1]), **self.quantisation)
+        codes, x_scale = self.quantize_tokens(x.reshape(-1, x.shape[-1]))
         y = mx_multiply(
             codes,
             x_scale,

@@ -17,6 +17,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from quant_core import QuantError
+from vllm_ascend_quant import installed
 from vllm_ascend_quant.config import AscendQuantizationConfig
 
 logger = init_logger("vllm.ascend_quant")

@@ -10,7 +10,9 @@ from quant_core.schemes.registry import register_scheme
 @register_scheme("W4A4_MXFP4", "linear")
 @register_scheme("W4A4_MXFP4_SVD", "linear")
 class AscendW4A4MXFP4LinearMethod(MXLinearScheme):
-    """Activations: exponent floor(log2(max)) - 2 per block, elements to the nearest E2M1, ties away from zero, up to 6.
+    """Activations: exponent floor(log2(max)) - 2 per block, elements to the nearest E2M1, up to 6.
+
+    Ties go away from zero, unless a format states that they go to even.
 
     Run time, both as views of contiguous tensors [out, ...]:
         weight: uint8 [in / 2, out]; on CPU: int8 [in, out] with twice the values, one byte each

@@ -69,9 +69,7 @@ class AscendW4A4MXFP4DualScaleLinearMethod(MXLinearScheme):
             y = self._sum_of_groups(layer, rows)
             y = (y if added is None else y + added).to(x.dtype)
             return y.view(*x.shape[:-1], y.shape[-1])
-        codes, level0, level1 = torch.ops.npu.npu_dynamic_dual_level_mx_quant(
-            rows, round_mode=self.quantisation["round_mode"]
-        )
+        codes, level0, level1 = torch.ops.npu.npu_dynamic_dual_level_mx_quant(rows, round_mode=self.round_mode)
         weight, scale, factors = (tensor_of(layer, n) for n in ("weight", "weight_scale", "weight_dual_scale"))
         result: Tensor = torch.ops.npu.npu_dual_level_quant_matmul(
             codes, weight, level0, factors, level1, scale, bias=added, output_dtype=x.dtype
@@ -87,7 +85,9 @@ class AscendW4A4MXFP4DualScaleLinearMethod(MXLinearScheme):
         quotients = (parts / level0[..., None]).to(rows.dtype)
         total = torch.zeros(rows.shape[0], weight.shape[1], dtype=torch.float32, device=rows.device)
         for group in range(weight.shape[0]):
-            codes, level1 = torch.ops.npu.npu_dynamic_mx_quant(quotients[:, group].contiguous(), **self.quantisation)
+            codes, level1 = torch.ops.npu.npu_dynamic_mx_quant(
+                quotients[:, group].contiguous(), round_mode=self.round_mode, **self.quantisation
+            )
             y = mx_multiply(
                 codes,
                 level1,

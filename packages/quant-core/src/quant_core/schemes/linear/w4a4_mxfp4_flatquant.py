@@ -1,5 +1,7 @@
 """W4A4_MXFP4_FLATQUANT: FP4 weights, and FP4 activations in blocks of 32 after FlatQuant's transform."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ class AscendW4A4MXFP4FlatQuantLinearMethod(MXLinearScheme):
     granularity = ("blocks of 32",)
     checked_against = {"W4A4_MXFP4_FLATQUANT": ("qwen3/W4A4_MXFP4_FLATQUANT",)}
     stores = MXFP4
-    activation = TOKENS_MXFP4
+    activation = replace(TOKENS_MXFP4, ties="even")
     quantisation = TO_FP4
 
     @classmethod

@@ -29,8 +29,9 @@ class AscendW8A8MXFP8MoEMethod(AscendMoEScheme):
 
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """An exponent for each block."""
-        codes, scale = torch.ops.npu.npu_dynamic_mx_quant(x, **self.linear.quantisation)
-        return codes, scale
+        linear = self.halves[half]
+        assert isinstance(linear, MXLinearScheme)
+        return linear.quantize_tokens(x)
 
     def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:
         """One operator."""
