@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
@@ -163,3 +165,93 @@ def test_switched_off_vllms_own_path_serves(reference: Any, monkeypatch: pytest.
     assert ranks.Engine(folder, prompts).answers() == theirs
     if reference.judge(key, theirs, "float32")["ok"]:
         assert np.median(np.abs(prompts_of(found) - prompts_of(theirs))) < 1e-4
+
+
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
+
+
+def with_vocabulary(target: Path, tied: bool, packed: bool) -> Path:
+    """The float model with int8 embeddings and head, packed as the library packs them, or the same numbers in float."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    shutil.copytree(DATA / "models" / "qwen3", target, copy_function=shutil.copyfile)
+    (file,) = target.glob("*.safetensors")
+    tensors = load_file(file)
+    config = {**json.loads((target / "config.json").read_text()), "tie_word_embeddings": tied}
+    if tied:
+        del tensors["lm_head.weight"]
+    for module in ["model.embed_tokens", *(["lm_head"] if not tied else [])]:
+        weight = tensors.pop(f"{module}.weight").float()
+        scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=1e-6).to(torch.bfloat16)
+        codes = (weight / scale.float()).round().clamp(-128, 127).to(torch.int8)
+        if packed:
+            tensors[f"{module}.weight_packed"] = pack_to_int32(codes, 8)
+            tensors[f"{module}.weight_scale"] = scale
+            tensors[f"{module}.weight_shape"] = torch.tensor(weight.shape)
+        else:
+            tensors[f"{module}.weight"] = codes.float() * scale.float()
+    if packed:
+        groups = {
+            name: {"targets": [target], "weights": INT8} for name, target in (("a", "Embedding"), ("b", "lm_head"))
+        }
+        section = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+        config["quantization_config"] = section
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_embeddings_and_heads_in_groups_of_their_own(
+    tied: bool, tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any
+) -> None:
+    """As the float model with the same numbers."""
+    answers = {}
+    for packed in (True, False):
+        with start_engine(with_vocabulary(tmp_path / str(packed), tied, packed)) as llm:
+            if packed:
+                config = llm.llm_engine.vllm_config.quant_config
+                served = {path for path, quant in config.layers.items() if quant.quant_type == "W8A16"}
+                assert served == {"model.embed_tokens"} | ({"lm_head"} if not tied else set())
+            answers[packed] = ask(llm, reference.prompts[:6])
+    assert np.abs(prompts_of(answers[True]) - prompts_of(answers[False])).max() < 1e-4
+
+
+def test_layers_that_draft_are_left_to_a_draft(
+    tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any
+) -> None:
+    """llm-compressor adds them as a file of their own and an index; the main model loads none of them."""
+    key = "llmcompressor/qwen3/W8A8_DYNAMIC"
+    folder = assembled(key, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "model_backbone.safetensors")
+    added = {"mtp.fc.weight": torch.ones(128, 256), "mtp.layers.0.self_attn.q_proj.weight": torch.ones(128, 128)}
+    save_file(added, folder / "model_mtp.safetensors", metadata={"format": "pt"})
+    files = {
+        "model_backbone.safetensors": load_file(folder / "model_backbone.safetensors"),
+        "model_mtp.safetensors": added,
+    }
+    index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with start_engine(folder) as llm:
+        verdict = reference.judge(key, ask(llm, reference.prompts), "float32")
+    assert verdict["ok"], verdict["why"]
+
+
+def test_what_matches_nothing_is_a_warning_and_what_is_float_is_counted(
+    tmp_path: Path, load_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Real configurations list routers and heads nowhere: their tensors say that they are float."""
+
+    def change(section: dict[str, Any]) -> None:
+        section["ignore"] = ["model.layers.7.mlp.up_proj"]
+
+    folder = changed(assembled("llmcompressor/qwen3/W8A8_DYNAMIC", tmp_path / "model"), change)
+    logger = logging.getLogger("vllm.ascend_quant")
+    logger.addHandler(caplog.handler)
+    try:
+        with load_model(folder):
+            pass
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "'model.layers.7.mlp.up_proj' names no module of this checkpoint" in caplog.text
+    assert "1 modules that 'Linear' matches are stored in float, and are served in float" in caplog.text
