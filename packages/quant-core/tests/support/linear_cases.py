@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from bits import pack_pairs
+from integer_modules import unfolded
 from mx_modules import dual_scale, mxfp4, mxfp4_flatquant, mxfp8, wfp8afp8
 from torch import Tensor
 
@@ -195,6 +196,11 @@ CASES = {
     "W8A8 int64": Case(Static, lambda *a, **o: w8a8(*a, deq=torch.int64, **o), F16),
     "W8A8 int64 served in bf16": Case(Static, lambda *a, **o: w8a8(*a, deq=torch.int64, **o), BF16),
     "W8A8 legacy": Case(Static, lambda *a, **o: w8a8(*a, model=BF16, weight_scale=True, **o), BF16, True),
+    "W8A8 unfolded": Case(Static, unfolded, BF16),
+    "W8A8 unfolded fp32": Case(Static, unfolded),
+    "W8A8 unfolded fp16": Case(Static, lambda *a, **o: unfolded(*a, asymmetric=True, model=F16, **o), F16),
+    "W8A8 unfolded asymmetric": Case(Static, lambda *a, **o: unfolded(*a, asymmetric=True, **o), BF16, True),
+    "W8A8 unfolded per tensor": Case(Static, lambda *a, **o: unfolded(*a, "tensor", scalar=True, **o), BF16, True),
     "W8A8_DYNAMIC": Case(Dynamic, w8a8_dynamic),
     "W8A8_DYNAMIC fp16": Case(Dynamic, w8a8_dynamic, F16),
     "W8A8_DYNAMIC legacy": Case(Dynamic, lambda *a: w8a8_dynamic(*a, model=BF16, offset=False), BF16),
