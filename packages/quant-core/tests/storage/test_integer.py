@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from integer_modules import offset_binary
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import Packing, StoredForm, StoredTensor, WeightForm
-from quant_core.packing import pack
+from quant_core.packing import pack, unpack
 from quant_core.schemes.params import replace_parameter
 from quant_core.schemes.run_time import process_int8_weight
 from quant_core.storage import IntegerStorage
@@ -220,3 +221,14 @@ def test_each_input_feature_has_the_scale_of_its_group() -> None:
         torch.testing.assert_close(found[:, feature].to(torch.float64), exact)
     plain = storage.quantize(torch.randn(8, 12))
     assert plain["weight_g_idx"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(("num_bits", "count"), [(4, 8), (8, 4)])
+def test_a_single_column_is_packed_along_the_output_features(num_bits: int, count: int) -> None:
+    """Zero points of channels: an axis of size 1 has any stride."""
+    offsets = torch.arange(-8, 8, dtype=torch.int8)[:, None]
+    packing = Packing(0, values=count, signed=False)
+    packed = pack(offsets, packing, num_bits)
+    assert packed.shape == (16 // count, 1)
+    assert torch.equal(unpack(packed, packing, num_bits), offsets)
+    assert torch.equal(packed, offset_binary(offsets, num_bits, axis=0))

@@ -6,6 +6,7 @@ Nothing here is the package's: packing is that of bits.py.
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from bits import pack_eights
 from stating import Module
@@ -24,7 +25,9 @@ def offset_binary(values: Tensor, num_bits: int, axis: int = 1) -> Tensor:
     if axis == 0:
         return offset_binary(values.t().contiguous(), num_bits).t().contiguous()
     whole = values.to(torch.int32) + 2 ** (num_bits - 1)
-    return pack_eights(whole) if num_bits == 4 else whole.to(torch.uint8).contiguous().view(torch.int32)
+    if num_bits == 4:
+        return pack_eights(whole)
+    return torch.from_numpy(whole.numpy().astype(np.uint8, order="C").view(np.int32))
 
 
 def integers(
