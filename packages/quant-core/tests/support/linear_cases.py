@@ -233,6 +233,20 @@ CASES = {
     "W4A16 unpacked groups": Case(Int4WeightOnly, lambda o, i: w4a16(o, i, i // 16, True, packed=False), BF16),
     "W4A16 int32": Case(Int4WeightOnly, w4a16, BF16, device=NPU),
     "W4A16 int32 groups": Case(Int4WeightOnly, lambda o, i: w4a16(o, i, i // 16, True), F16, device=NPU),
+    "W8A16 per tensor, int32": Case(
+        WeightOnly, lambda o, i: integers(o, i, strategy="tensor", scalar=True, packed=True), BF16
+    ),
+    "W8A16 int32 asymmetric groups": Case(
+        WeightOnly, lambda o, i: integers(o, i, 8, "group", i // 16, asymmetric=True, packed=True), BF16
+    ),
+    "W8A16 indexed": Case(WeightOnly, lambda o, i: integers(o, i, 8, "group", i // 16, indexed=True)),
+    "W4A16 int32 asymmetric": Case(Int4WeightOnly, lambda o, i: integers(o, i, 4, asymmetric=True, packed=True), BF16),
+    "W4A16 indexed": Case(
+        Int4WeightOnly,
+        lambda o, i: integers(o, i, 4, "group", i // 16, asymmetric=True, packed=True, indexed=True),
+        BF16,
+        device=NPU,
+    ),
     "W4A4_DYNAMIC": Case(Int4Dynamic, w4a4_dynamic, error=0.2),
     "W4A4_DYNAMIC groups": Case(Int4Dynamic, lambda o, i: w4a4_dynamic(o, i, i // 16, BF16), BF16, error=0.2),
     "W4A4_DYNAMIC int32": Case(Int4Dynamic, w4a4_dynamic, BF16, device=NPU, error=0.2),
