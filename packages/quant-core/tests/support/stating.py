@@ -5,9 +5,19 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from quant_core import AscendLinearScheme, Packing, StoredForm, StoredTensor, WeightForm
+from quant_core import ActivationForm, AscendLinearScheme, Packing, StoredForm, StoredTensor, WeightForm
 from quant_core.schemes.additions import ADDITIONS
 from quant_core.schemes.linear.w4a16 import AscendW4A16LinearMethod
+
+
+class Stated(dict[str, Tensor]):
+    """A module's tensors, with what its format states of weight and input."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], weight: WeightForm | None = None, activation: ActivationForm | None = None
+    ) -> None:
+        super().__init__(tensors)
+        self.weight, self.activation = weight, activation
 
 
 def form(
@@ -17,6 +27,8 @@ def form(
     file = "model.safetensors"
     tensors = {s: StoredTensor(f"{module}.{s}", tuple(t.shape), t.dtype, file) for s, t in member.items()}
     usual = scheme_class.stores if scheme_class else None
+    if isinstance(member, Stated):
+        return StoredForm(module, tensors, member.weight or usual, member.activation)
     names = tuple(a.name for a in ADDITIONS if any(suffix in member for suffix in a.suffixes))
     weight = usual and (_float(usual, member) if usual.type == "float" else _integer(usual, member, inputs))
     if weight and weight.num_bits == 4 and scheme_class is AscendW4A16LinearMethod and weight.strategy == "channel":
