@@ -9,7 +9,7 @@ from quant_core.schemes.experts import AscendMoEScheme, grouped
 from quant_core.schemes.linear.w8a8 import AscendW8A8LinearMethod
 from quant_core.schemes.params import replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
-from quant_core.schemes.routing import Codes, Rows
+from quant_core.schemes.routing import Codes, Rows, experts_of
 
 
 @register_scheme("W8A8", "moe")
@@ -53,8 +53,7 @@ class AscendW8A8MoEMethod(AscendMoEScheme):
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """Rows with the scale and zero point of their expert; what lies behind the last expert's takes that one's."""
         assert counts is not None
-        places = torch.arange(len(x), device=x.device)
-        experts = torch.searchsorted(counts.cumsum(0), places, right=True).clamp(max=len(counts) - 1)
+        experts = experts_of(Rows(x, None, counts))
         scale, offset = tensor_of(layer, f"{half}input_scale")[experts], getattr(layer, f"{half}input_offset", None)
         zero_point = None if offset is None else offset[experts]
         return torch.ops.npu.npu_quantize(x, scale, zero_point, torch.qint8, 0, True), None
