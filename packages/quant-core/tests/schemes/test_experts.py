@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from float_modules import EXPERT_MODULES, SUMMED
-from integer_modules import unfolded
+from integer_modules import ASYMMETRIC_TOKENS, NIBBLES, SYMMETRIC_TOKENS, integers, unfolded
 from linear_cases import w4a4_dynamic, w4a8_dynamic, w4a16, w8a8, w8a8_dynamic, w8a8_mix, w8a16
 from mx_modules import mxfp4, mxfp8, wfp8afp8
 from torch import Tensor, nn
@@ -44,6 +44,27 @@ WHOLE = Partition()
 MAKE: dict[str, Callable[[int, int], Stored]] = {
     "W8A8_DYNAMIC": w8a8_dynamic,
     "W8A8_DYNAMIC groups": lambda out, inputs: w8a8_dynamic(out, inputs, groups=2),
+    "W8A8_DYNAMIC per tensor": lambda out, inputs: integers(
+        out, inputs, 8, "tensor", scalar=True, tokens=SYMMETRIC_TOKENS
+    ),
+    "W8A8_DYNAMIC int32": lambda out, inputs: integers(
+        out, inputs, 8, "group", 2, packed=True, tokens=SYMMETRIC_TOKENS
+    ),
+    "W8A8_DYNAMIC asymmetric weights": lambda out, inputs: integers(
+        out, inputs, asymmetric=True, tokens=SYMMETRIC_TOKENS
+    ),
+    "W8A8_DYNAMIC asymmetric inputs": lambda out, inputs: integers(out, inputs, tokens=ASYMMETRIC_TOKENS),
+    "W8A8_DYNAMIC all asymmetric": lambda out, inputs: integers(
+        out, inputs, asymmetric=True, packed=True, tokens=ASYMMETRIC_TOKENS
+    ),
+    "W4A8_DYNAMIC all asymmetric": lambda out, inputs: integers(
+        out, inputs, 4, asymmetric=True, packed=True, tokens=ASYMMETRIC_TOKENS
+    ),
+    "W4A8_DYNAMIC int32": lambda out, inputs: integers(out, inputs, 4, packed=True, tokens=SYMMETRIC_TOKENS),
+    "W4A4_DYNAMIC asymmetric weights": lambda out, inputs: integers(out, inputs, 4, asymmetric=True, tokens=NIBBLES),
+    "W8A16 int32": lambda out, inputs: integers(out, inputs, 8, "group", 2, asymmetric=True, packed=True),
+    "W4A16 int32": lambda out, inputs: integers(out, inputs, 4, "group", 2, asymmetric=True, packed=True),
+    "W4A16 per tensor": lambda out, inputs: integers(out, inputs, 4, "tensor", packed=True),
     "W8A8": w8a8,
     "W8A8 unfolded": unfolded,
     "W8A8 unfolded asymmetric": lambda out, inputs: unfolded(out, inputs, asymmetric=True),
@@ -200,15 +221,28 @@ def test_a_type_computes_what_its_linear_layers_do(workbench: Any, kind: str) ->
     assert close(actual, looped(workbench, experts, routed))
 
 
-@pytest.mark.parametrize("kind", ["W4A8_DYNAMIC", "W4A16", "W8A8_DYNAMIC", "W4A4_DYNAMIC"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "W4A8_DYNAMIC",
+        "W4A16",
+        "W8A8_DYNAMIC",
+        "W4A4_DYNAMIC",
+        "W4A8_DYNAMIC int32",
+        "W4A16 int32",
+        "W8A8_DYNAMIC all asymmetric",
+        "W4A8_DYNAMIC all asymmetric",
+        "W4A4_DYNAMIC asymmetric weights",
+    ],
+)
 def test_the_form_of_an_npu_computes_the_same(workbench: Any, kind: str) -> None:
     """Packed weights and encoded scales, multiplied by the kernels that stand in for the device's."""
     experts, routed = Experts.make(kind), routing()
     with planned_device("910B"):
         scheme, layer = serve(workbench, experts)
         actual = scheme.apply(layer, *routed)
-    packed = {"W4A8_DYNAMIC": torch.int32, "W4A16": torch.int32}
-    assert layer.get_parameter(f"{GATE_UP}weight").dtype == packed.get(kind, torch.int8)
+    packed = kind.startswith(("W4A8_DYNAMIC", "W4A16")) and "asymmetric" not in kind  # no operator gives their sums
+    assert layer.get_parameter(f"{GATE_UP}weight").dtype == (torch.int32 if packed else torch.int8)
     assert close(actual, looped(workbench, experts, routed))
 
 
@@ -216,6 +250,10 @@ def test_halves_of_two_types(workbench: Any) -> None:
     experts, routed = Experts.make("W8A8_DYNAMIC", "W4A8_DYNAMIC groups"), routing()
     scheme, layer = serve(workbench, experts)
     assert close(scheme.apply(layer, *routed), looped(workbench, experts, routed))
+    for kinds in (("W8A8_DYNAMIC asymmetric inputs", "W8A8_DYNAMIC"), ("W8A8_DYNAMIC", "W8A8_DYNAMIC all asymmetric")):
+        experts = Experts.make(*kinds)
+        scheme, layer = serve(workbench, experts)
+        assert close(scheme.apply(layer, *routed), looped(workbench, experts, routed))
     experts = Experts.make("W8A16", "W8A8")
     scheme, layer = serve(workbench, experts)
     assert close(scheme.apply(layer, *routed), looped(workbench, experts, routed))
@@ -271,7 +309,10 @@ def test_ranks_of_expert_parallelism_add_up(workbench: Any, kind: str) -> None:
         assert close(total, expected)
 
 
-@pytest.mark.parametrize("kind", ["W8A8", "W8A16 groups", "W4A16", "W8A8_DYNAMIC", *SUMMED])
+@pytest.mark.parametrize(
+    "kind",
+    ["W8A8", "W8A16 groups", "W4A16", "W8A8_DYNAMIC", "W8A8 unfolded asymmetric", "W4A16 int32", *SUMMED],
+)
 def test_ranks_of_tensor_parallelism_add_up(workbench: Any, kind: str) -> None:
     experts, routed = Experts.make(kind), routing()
     seen: list[Tensor] = []
@@ -288,7 +329,17 @@ def test_ranks_of_tensor_parallelism_add_up(workbench: Any, kind: str) -> None:
         assert close(total, looped(workbench, experts, routed))
 
 
-@pytest.mark.parametrize("kind", ["W8A8_DYNAMIC", "W4A8_DYNAMIC", "W4A8_DYNAMIC groups", "WFP8AFP8_DYNAMIC"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "W8A8_DYNAMIC",
+        "W4A8_DYNAMIC",
+        "W4A8_DYNAMIC groups",
+        "WFP8AFP8_DYNAMIC",
+        "W8A8_DYNAMIC asymmetric weights",
+        "W8A8_DYNAMIC all asymmetric",
+    ],
+)
 def test_exact_tp_agrees_with_one_rank(workbench: Any, kind: str) -> None:
     """Each rank quantises its slice with the scale of the whole row."""
     experts, routed = Experts.make(kind), routing()
@@ -328,6 +379,48 @@ def test_the_weight_may_belong_to_the_input(workbench: Any) -> None:
     before = weights.clone()
     assert close(scheme.apply(layer, x, weights, ids), looped(workbench, experts, (x, weights, ids)))
     assert torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("kind", ["W8A8_DYNAMIC", "W4A8_DYNAMIC", "W4A4_DYNAMIC"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_points_of_groups_are_refused(
+    workbench: Any, monkeypatch: pytest.MonkeyPatch, kind: str, symmetric: bool
+) -> None:
+    num_bits = int(kind[1])
+    tokens = NIBBLES if kind == "W4A4_DYNAMIC" else SYMMETRIC_TOKENS
+    monkeypatch.setitem(
+        MAKE,
+        f"{kind} refused",
+        lambda out, inputs: integers(out, inputs, num_bits, "group", 2, asymmetric=not symmetric, tokens=tokens),
+    )
+    experts = Experts.make(f"{kind} refused")
+    if symmetric:
+        serve(workbench, experts)
+        return
+    with pytest.raises(UnsupportedSchemeError, match="scales per group have neither asymmetric weights nor"):
+        scheme_of(workbench, experts)
+
+
+def test_stored_groups_are_refused(workbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MAKE, "W4A16 indexed", lambda out, i: integers(out, i, 4, "group", 2, indexed=True))
+    with pytest.raises(
+        UnsupportedSchemeError, match="weight_g_idx\\) are not served for experts: quantise with `actorder"
+    ):
+        scheme_of(workbench, Experts.make("W4A16 indexed"))
+
+
+def test_zero_points_in_compiled_code(workbench: Any, compile_afresh: Any) -> None:
+    """For any number of tokens, and with another weight under the same code."""
+    experts, routed = Experts.make("W8A8_DYNAMIC all asymmetric"), routing()
+    with planned_device("910B"):  # whose weights are tensors that a reload can copy into
+        scheme, layer = serve(workbench, experts)
+        other, held = serve(workbench, Experts.make("W8A8_DYNAMIC all asymmetric"))
+        compiled = compile_afresh(lambda *a: scheme.apply(layer, *a), backend="aot_eager", dynamic=True)
+        for arguments in (routed, routing(4)):
+            torch.testing.assert_close(compiled(*arguments), scheme.apply(layer, *arguments))
+        for name, parameter in layer.named_parameters():
+            parameter.data.copy_(held.get_parameter(name).data)
+        torch.testing.assert_close(compiled(*routed), other.apply(held, *routed))
 
 
 def test_nan_in_one_token_stays_there(workbench: Any) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from quant_core import ActivationForm, Packing, WeightForm
 
-TOKENS = ActivationForm()
+SYMMETRIC_TOKENS = ActivationForm()
 ASYMMETRIC_TOKENS = ActivationForm(symmetric=False)
+NIBBLES = ActivationForm(num_bits=4)
 STATIC = ActivationForm(dynamic=False, strategy="tensor")
 ASYMMETRIC_STATIC = replace(STATIC, symmetric=False)
 

@@ -4,11 +4,10 @@ import torch
 from bits import pack_pairs
 from case import Case, Stored
 from float_cases import FLOAT_CASES
-from integer_modules import ASYMMETRIC_TOKENS, TOKENS, integers, unfolded
+from integer_modules import ASYMMETRIC_TOKENS, NIBBLES, SYMMETRIC_TOKENS, integers, unfolded
 from mx_modules import dual_scale, mxfp4, mxfp4_flatquant, mxfp8, wfp8afp8
 from torch import Tensor
 
-from quant_core import ActivationForm
 from quant_core.schemes.linear.w4a4_dynamic import AscendW4A4DynamicLinearMethod
 from quant_core.schemes.linear.w4a4_flatquant_dynamic import AscendW4A4FlatQuantDynamicLinearMethod, get_decompose_dim
 from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod
@@ -178,11 +177,15 @@ CASES = {
     "W8A8_DYNAMIC fp16": Case(Dynamic, w8a8_dynamic, F16),
     "W8A8_DYNAMIC legacy": Case(Dynamic, lambda *a: w8a8_dynamic(*a, model=BF16, offset=False), BF16),
     "W8A8_DYNAMIC groups": Case(Dynamic, lambda out, inputs: w8a8_dynamic(out, inputs, groups=inputs // 16)),
-    "W8A8_DYNAMIC per tensor": Case(Dynamic, lambda o, i: integers(o, i, strategy="tensor", tokens=TOKENS), BF16),
-    "W8A8_DYNAMIC scalar, int32": Case(
-        Dynamic, lambda o, i: integers(o, i, strategy="tensor", scalar=True, packed=True, tokens=TOKENS)
+    "W8A8_DYNAMIC per tensor": Case(
+        Dynamic, lambda o, i: integers(o, i, strategy="tensor", tokens=SYMMETRIC_TOKENS), BF16
     ),
-    "W8A8_DYNAMIC asymmetric weights": Case(Dynamic, lambda o, i: integers(o, i, asymmetric=True, tokens=TOKENS), BF16),
+    "W8A8_DYNAMIC scalar, int32": Case(
+        Dynamic, lambda o, i: integers(o, i, strategy="tensor", scalar=True, packed=True, tokens=SYMMETRIC_TOKENS)
+    ),
+    "W8A8_DYNAMIC asymmetric weights": Case(
+        Dynamic, lambda o, i: integers(o, i, asymmetric=True, tokens=SYMMETRIC_TOKENS), BF16
+    ),
     "W8A8_DYNAMIC asymmetric inputs": Case(Dynamic, lambda o, i: integers(o, i, tokens=ASYMMETRIC_TOKENS), BF16),
     "W8A8_DYNAMIC all asymmetric": Case(
         Dynamic,
@@ -226,13 +229,15 @@ CASES = {
     "W4A4_DYNAMIC groups on an NPU": Case(Int4Dynamic, lambda o, i: w4a4_dynamic(o, i, 2), F16, device=NPU, error=0.2),
     "W4A4_DYNAMIC asymmetric": Case(
         Int4Dynamic,
-        lambda o, i: integers(o, i, 4, asymmetric=True, packed=True, tokens=ActivationForm(num_bits=4)),
+        lambda o, i: integers(o, i, 4, asymmetric=True, packed=True, tokens=NIBBLES),
         BF16,
         device=NPU,
         error=0.2,
     ),
     "W4A8_DYNAMIC": Case(Mixed, w4a8_dynamic),
-    "W4A8_DYNAMIC per tensor": Case(Mixed, lambda o, i: integers(o, i, 4, "tensor", tokens=TOKENS), BF16, device=NPU),
+    "W4A8_DYNAMIC per tensor": Case(
+        Mixed, lambda o, i: integers(o, i, 4, "tensor", tokens=SYMMETRIC_TOKENS), BF16, device=NPU
+    ),
     "W4A8_DYNAMIC all asymmetric": Case(
         Mixed,
         lambda o, i: integers(o, i, 4, "group", i // 16, asymmetric=True, packed=True, tokens=ASYMMETRIC_TOKENS),

@@ -30,6 +30,12 @@ class Rows(NamedTuple):
     counts: Tensor
 
 
+def experts_of(rows: Rows) -> Tensor:
+    """int64 [m], the local expert of each row; what lies behind the last one's rows counts as that one's."""
+    places = torch.arange(len(rows.values), device=rows.values.device)
+    return torch.searchsorted(rows.counts.cumsum(0), places, right=True).clamp(max=len(rows.counts) - 1)
+
+
 def local_table(sizes: ExpertSizes, device: torch.device) -> Tensor | None:
     """int32 [experts]: the place of each expert on this rank, the number of local experts for those that are not here.
 

@@ -90,4 +90,5 @@ def sums_of_weight(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tenso
     """
     length = codes.shape[1] // scale.shape[1]
     sums = codes.unflatten(1, (scale.shape[1], length)).sum(dim=-1, dtype=torch.int32)
-    return ((sums if offset is None else sums - length * offset) * scale).sum(dim=1)
+    whole: Tensor = sums if offset is None else sums - offset * length
+    return (whole * scale).sum(dim=1)

@@ -95,9 +95,3 @@ def one_input_scale(linear: AscendLinearScheme, module: nn.Module, *names: str) 
                 todo="quantise them with common activations, or with scales that are found at run time",
             )
         replace_parameter(module, name, values[0])
-
-
-def of_each_row(values: Tensor, counts: Tensor, rows: int) -> Tensor:
-    """Values of the experts [E] as those of their rows [rows]; what lies behind the last expert's takes that one's."""
-    places = torch.arange(rows, device=values.device)
-    return values[torch.searchsorted(counts.cumsum(0), places, right=True).clamp(max=len(counts) - 1)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from integer_modules import ASYMMETRIC_TOKENS, STATIC, TOKENS, exact_weight, integers
+from integer_modules import ASYMMETRIC_TOKENS, NIBBLES, STATIC, SYMMETRIC_TOKENS, exact_weight, integers
 from stating import Stated
 from torch import Tensor
 
@@ -17,13 +17,12 @@ from quant_core.schemes.linear.w8a8_dynamic import AscendW8A8DynamicLinearMethod
 from quant_core.schemes.verify import verify_stored
 
 INPUTS, F32 = 64, torch.float32
-NIBBLES = ActivationForm(num_bits=4)
 
 #: The scheme, the bits of its weights, and the forms of its input.
 TYPES: dict[str, tuple[type[AscendLinearScheme], int, ActivationForm]] = {
-    "W8A8": (AscendW8A8DynamicLinearMethod, 8, TOKENS),
+    "W8A8": (AscendW8A8DynamicLinearMethod, 8, SYMMETRIC_TOKENS),
     "W8A8 asymmetric": (AscendW8A8DynamicLinearMethod, 8, ASYMMETRIC_TOKENS),
-    "W4A8": (AscendW4A8DynamicLinearMethod, 4, TOKENS),
+    "W4A8": (AscendW4A8DynamicLinearMethod, 4, SYMMETRIC_TOKENS),
     "W4A8 asymmetric": (AscendW4A8DynamicLinearMethod, 4, ASYMMETRIC_TOKENS),
     "W4A4": (AscendW4A4DynamicLinearMethod, 4, NIBBLES),
 }
@@ -109,7 +108,7 @@ def test_zero_points_that_are_no_integers(workbench: Any) -> None:
     stored["weight_offset"] = torch.randn(24, 2)
     scheme, layer = workbench.serve(AscendW8A8DynamicLinearMethod, [stored])
     assert layer.weight_offset.dtype == F32
-    x = inputs(5, TOKENS)
+    x = inputs(5, SYMMETRIC_TOKENS)
     check(scheme.apply(layer, x), x, stored)
 
 
@@ -194,7 +193,7 @@ def test_what_a_type_does_not_take_is_said(workbench: Any) -> None:
         return "; ".join(scheme_class.can_serve(context))
 
     assert "such activations" in reasons("W4A4", replace(NIBBLES, symmetric=False))
-    assert "such activations" in reasons("W4A4", TOKENS)
+    assert "such activations" in reasons("W4A4", SYMMETRIC_TOKENS)
     assert "such activations" in reasons("W8A8", STATIC)
     assert reasons("W4A8", ASYMMETRIC_TOKENS) == ""
 

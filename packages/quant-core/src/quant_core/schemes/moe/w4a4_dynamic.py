@@ -24,7 +24,7 @@ class AscendW4A4DynamicMoEMethod(AscendW8A8DynamicMoEMethod):
     Run time: as W8A8_DYNAMIC, on all devices.
     """
 
-    granularity = ("per channel", "per group")
+    granularity = ("per channel", "per group", "per tensor")
     checked_against = {}
     linear = _Unpacked
     fuses = False  # the fused operator quantises to int8

@@ -9,7 +9,7 @@ from quant_core.schemes.linear.w4a4_nvfp4 import INPUT_SCALE, AscendW4A4NVFP4Lin
 from quant_core.schemes.params import tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.routing import Codes
-from quant_core.schemes.static_inputs import of_each_row, one_input_scale
+from quant_core.schemes.static_inputs import one_input_scale
 
 
 @register_scheme("W4A4_NVFP4", "moe")
@@ -34,4 +34,4 @@ class AscendW4A4NVFP4MoEMethod(DequantisedMoEScheme):
         linear = self.halves[half]
         assert counts is not None
         assert isinstance(linear, DequantisedLinearScheme)
-        return linear.round_rows(x, of_each_row(tensor_of(layer, f"{half}{INPUT_SCALE}"), counts, len(x)))
+        return linear.round_rows(x, tensor_of(layer, f"{half}{INPUT_SCALE}")[experts_of(Rows(x, None, counts))])

@@ -14,7 +14,7 @@ from quant_core.schemes.params import replace_parameter
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.routing import Rows
 from quant_core.schemes.run_time import drop, process_int4_weight
-from quant_core.storage import IntegerStorage, tensors_of
+from quant_core.storage import tensors_of
 
 #: Products whose operator multiplies int8 by packed int4, by groups of so many input features or per channel.
 _PACKED = ("910B", "910C")
@@ -30,10 +30,10 @@ class AscendW4A8DynamicMoEMethod(AscendW8A8DynamicMoEMethod):
         w13_weight_scale, w2_weight_scale: int64 [E, g, out], a float32 in the low half of each
         w13_scale_bias, w2_scale_bias: float32 [E, out], 8 Σ q · s of this rank's input features, which the operator
             adds because it multiplies x - 8
-    on CPU what W8A8_DYNAMIC has.
+    on CPU, and where there are zero points, what W8A8_DYNAMIC has.
     """
 
-    granularity = ("per channel", "per group")
+    granularity = ("per channel", "per group", "per tensor")
     checked_against = {
         "W4A8_DYNAMIC": (
             "qwen3-moe/W4A8_DYNAMIC",
@@ -63,7 +63,10 @@ class AscendW4A8DynamicMoEMethod(AscendW8A8DynamicMoEMethod):
 
     def process_one(self, linear: AscendLinearScheme, module: nn.Module) -> None:
         """Multiply the scales of both stages, and compute `scale_bias` again for this rank and these scales."""
-        assert isinstance(linear.storage, IntegerStorage)
+        assert isinstance(linear, AscendW4A8DynamicLinearMethod)
+        if linear.corrects:
+            super().process_one(linear, module)
+            return
         stored = tensors_of(module)
         codes, scale = linear.storage.codes(stored), linear.storage.scale(stored)
         packed = current_device() in _PACKED
@@ -78,7 +81,7 @@ class AscendW4A8DynamicMoEMethod(AscendW8A8DynamicMoEMethod):
         replace_parameter(module, "weight_scale", bits & 0xFFFFFFFF)
         replace_parameter(module, "scale_bias", 8 * (sums * scale).sum(dim=1))
 
-    def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def multiply_plainly(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:
         """One operator."""
         bias = "scale_bias" if hasattr(layer, f"{half}scale_bias") else None
         return grouped(layer, half, rows, scale="weight_scale", bias=bias, output_dtype=dtype)

@@ -8,8 +8,8 @@ from quant_core.schemes.experts import AscendMoEScheme, grouped
 from quant_core.schemes.linear.w8a8 import AscendW8A8LinearMethod
 from quant_core.schemes.params import tensor_of
 from quant_core.schemes.registry import register_scheme
-from quant_core.schemes.routing import Codes, Rows
-from quant_core.schemes.static_inputs import of_each_row, one_input_scale
+from quant_core.schemes.routing import Codes, Rows, experts_of
+from quant_core.schemes.static_inputs import one_input_scale
 
 
 @register_scheme("W8A8", "moe")
@@ -43,9 +43,9 @@ class AscendW8A8MoEMethod(AscendMoEScheme):
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """Rows with the scale and zero point of their expert; what lies behind the last expert's takes that one's."""
         assert counts is not None
-        scale, offset = tensor_of(layer, f"{half}input_scale"), getattr(layer, f"{half}input_offset", None)
-        zero_point = None if offset is None else of_each_row(offset, counts, len(x))
-        scale = of_each_row(scale, counts, len(x))
+        experts = experts_of(Rows(x, None, counts))
+        scale, offset = tensor_of(layer, f"{half}input_scale")[experts], getattr(layer, f"{half}input_offset", None)
+        zero_point = None if offset is None else offset[experts]
         return torch.ops.npu.npu_quantize(x, scale, zero_point, torch.qint8, 0, True), None
 
     def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,8 @@ from quant_core.schemes.linear.wfp8afp8 import AscendWFP8AFP8LinearMethod
 from quant_core.schemes.mx import MX_DEVICES
 from quant_core.schemes.params import tensor_of
 from quant_core.schemes.registry import register_scheme
-from quant_core.schemes.routing import Codes, Rows
-from quant_core.schemes.static_inputs import of_each_row, one_input_scale
+from quant_core.schemes.routing import Codes, Rows, experts_of
+from quant_core.schemes.static_inputs import one_input_scale
 
 
 @register_scheme("WFP8AFP8", "moe")
@@ -37,7 +37,7 @@ class AscendWFP8AFP8MoEMethod(AscendMoEScheme):
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """Rows with the scale of their expert."""
         assert counts is not None
-        scale = of_each_row(tensor_of(layer, f"{half}input_scale"), counts, len(x))
+        scale = tensor_of(layer, f"{half}input_scale")[experts_of(Rows(x, None, counts))]
         return fp8_codes(x, scale), scale
 
     def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:
