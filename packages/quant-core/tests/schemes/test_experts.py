@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from float_modules import EXPERT_MODULES, SUMMED
+from float_modules import EXPERT_MODULES, OWN_INPUTS, SUMMED
 from integer_modules import ASYMMETRIC_TOKENS, NIBBLES, SYMMETRIC_TOKENS, integers, unfolded
 from linear_cases import w4a4_dynamic, w4a8_dynamic, w4a16, w8a8, w8a8_dynamic, w8a8_mix, w8a16
 from mx_modules import mxfp4, mxfp8, wfp8afp8
@@ -295,7 +295,7 @@ def test_an_unknown_activation_is_refused(workbench: Any, name: str, limit: floa
         scheme_of(workbench, Experts.make("W8A8_DYNAMIC", activation=name, limit=limit))
 
 
-@pytest.mark.parametrize("kind", ["W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC groups", "W8A8_MXFP8"])
+@pytest.mark.parametrize("kind", ["W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC groups", "W8A8_MXFP8", *OWN_INPUTS])
 def test_ranks_of_expert_parallelism_add_up(workbench: Any, kind: str) -> None:
     """Experts that do not divide evenly, placed in order and in turns; one rank's tokens may have none of its own."""
     experts, routed = Experts.make(kind), routing()
@@ -338,6 +338,7 @@ def test_ranks_of_tensor_parallelism_add_up(workbench: Any, kind: str) -> None:
         "WFP8AFP8_DYNAMIC",
         "W8A8_DYNAMIC asymmetric weights",
         "W8A8_DYNAMIC all asymmetric",
+        "W4AFP8_DYNAMIC",
     ],
 )
 def test_exact_tp_agrees_with_one_rank(workbench: Any, kind: str) -> None:
@@ -361,7 +362,7 @@ def test_exact_tp_agrees_with_one_rank(workbench: Any, kind: str) -> None:
     assert close(total, looped(workbench, experts, routed))
 
 
-@pytest.mark.parametrize("kind", ["W8A8_DYNAMIC", "W8A8", "W4A16"])
+@pytest.mark.parametrize("kind", ["W8A8_DYNAMIC", "W8A8", "W4A16", "W4AFP8_DYNAMIC", *OWN_INPUTS])
 def test_uneven_choices(workbench: Any, kind: str) -> None:
     """No token, one expert for all tokens, choices of nobody, one choice."""
     experts = Experts.make(kind)
@@ -434,9 +435,32 @@ def test_nan_in_one_token_stays_there(workbench: Any) -> None:
     assert close(actual[1:], expected[1:].double())
 
 
-def test_processing_again_gives_the_same(workbench: Any) -> None:
+@pytest.mark.parametrize("kind", OWN_INPUTS)
+def test_each_expert_has_an_input_scale_of_its_own(workbench: Any, kind: str) -> None:
+    experts, routed = Experts.make(kind), routing()
+    for half in experts.modules.values():
+        for index, members in enumerate(half):
+            for member in members:
+                member[OWN_INPUTS[kind]] = member[OWN_INPUTS[kind]] * 2.0**index
+    scheme, layer = serve(workbench, experts)
+    assert close(scheme.apply(layer, *routed), looped(workbench, experts, routed))
+
+
+@pytest.mark.parametrize("kind", EXPERT_MODULES)
+def test_compiled_without_a_break_it_equals_eager(
+    workbench: Any, kind: str, compile_afresh: Callable[..., Any]
+) -> None:
+    scheme, layer = serve(workbench, Experts.make(kind))
+    compiled = compile_afresh(lambda *routed: scheme.apply(layer, *routed), backend="aot_eager", dynamic=True)
+    for tokens in (5, 9):
+        routed = routing(tokens)
+        assert torch.equal(compiled(*routed), scheme.apply(layer, *routed))
+
+
+@pytest.mark.parametrize("kind", ["W4A8_DYNAMIC", "WFP8AFP8 scalar", "W4A4_NVFP4", "WFP8A16 blocks"])
+def test_processing_again_gives_the_same(workbench: Any, kind: str) -> None:
     """As after a reload."""
-    experts, routed = Experts.make("W4A8_DYNAMIC"), routing()
+    experts, routed = Experts.make(kind), routing()
     scheme, layer = serve(workbench, experts)
     first = scheme.apply(layer, *routed)
     again, other = serve(workbench, experts)
@@ -483,7 +507,9 @@ def test_packed_weights_take_the_place_of_plain_ones(workbench: Any) -> None:
     assert not torch.equal(scheme.apply(layer, *routed), expected)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("W8A8", "input_scale"), ("WFP8AFP8", "input_scale")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("W8A8", "input_scale"), ("WFP8AFP8", "input_scale"), ("W4A4_NVFP4", "input_global_scale")]
+)
 def test_gate_and_up_with_scales_of_their_own_are_refused(workbench: Any, kind: str, name: str) -> None:
     experts = Experts.make(kind)
     up = experts.modules[GATE_UP][2][1]

@@ -269,6 +269,15 @@ def test_blocks_are_cut_between_two_of_them() -> None:
     assert torch.equal(layout.cut(stored, 0, 1, 0), stored[2:])
 
 
+def test_a_vocabulary_that_is_padded_has_blocks_enough() -> None:
+    """151 rows that an engine makes 192, or 320, have two blocks of 128, or three."""
+    for local, blocks in ((192, 2), (320, 3)):
+        layer = LinearContext(
+            name="head", shards=(Shard("m0", 151, local),), input_size=128, params_dtype=torch.float32
+        )
+        assert layout_of("weight_scale", [block_scale(151, 128)], layer).shape == (blocks, 1)
+
+
 def test_a_cut_through_a_block_names_what_would_fit() -> None:
     """Of rows, even if all of a rank's lie in one block; of columns, partial last blocks cannot be cut at all."""
     message = refused({"weight_scale": [block_scale(512, 512)]}, context((512,), 512, "column", 0, 8))

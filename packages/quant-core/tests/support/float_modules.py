@@ -135,5 +135,8 @@ EXPERT_MODULES: dict[str, Callable[[int, int], Stated]] = {
     "W4A8_MXFP4_FP8_DYNAMIC": stated(mxfp4, MXFP4, GROUPS),
 }
 
+#: Of these, those whose experts have input scales of their own, and the suffix of the scale.
+OWN_INPUTS = {"WFP8AFP8": "input_scale", "W4A4_NVFP4": "input_global_scale"}
+
 #: Of these, those whose ranks of tensor parallelism add up to one rank's result.
 SUMMED = ("WFP8AFP8", "WFP8AFP8 scalar", "WFP8A16", "WFP8A16 scalar", "W8A16_MXFP8", "W4A16_NVFP4", "W4A4_NVFP4")

@@ -132,7 +132,8 @@ def _layout(
 
 def _goes_through(param: Param, shard: Shard) -> bool:
     """Whether this rank's output features end within an index, other than where those of the whole member do."""
-    whole = shard.local_output_size == shard.output_size and _holds(param, shard)
+    # An engine may pad a vocabulary: its rank then holds more than there is.
+    whole = shard.local_output_size >= shard.output_size and _holds(param, shard)
     return not whole and shard.local_output_size % param.output_step > 0
 
 

@@ -178,7 +178,16 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["W8A8 distinct input scales", "W8A8_DYNAMIC", "W8A16 asymmetric groups"], indirect=True
+    "case",
+    [
+        "W8A8 distinct input scales",
+        "W8A8_DYNAMIC",
+        "W8A16 asymmetric groups",
+        "WFP8AFP8 distinct input scales",
+        "W4A4_NVFP4 distinct input scales",
+        "WFP8AFP8_BLOCK_DYNAMIC",
+    ],
+    indirect=True,
 )
 @pytest.mark.usefixtures("inductor")
 def test_compiled_by_inductor_it_equals_eager(

@@ -14,5 +14,6 @@ class AscendW4A16MXFP4LinearMethod(DequantisedLinearScheme):
     """
 
     granularity = ("blocks of 32",)
+    checked_against = {"W4A16_MXFP4": ("llmcompressor/qwen3/MXFP4A16",)}
     stores = MXFP4
     strategies = ("group",)

@@ -28,5 +28,6 @@ class AscendW4A16NVFP4LinearMethod(DequantisedLinearScheme):
     """
 
     granularity = ("groups of 16",)
+    checked_against = {"W4A16_NVFP4": ("llmcompressor/qwen3/NVFP4A16",)}
     stores = NVFP4
     strategies = ("group",)

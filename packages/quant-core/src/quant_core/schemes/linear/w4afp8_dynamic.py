@@ -16,6 +16,7 @@ class AscendW4AFP8DynamicLinearMethod(DequantisedLinearScheme):
     """
 
     granularity = ("per channel", "per group")
+    checked_against = {"W4AFP8_DYNAMIC": ("llmcompressor/qwen3/W4AFP8",)}
     stores = WeightForm(num_bits=4)
     activation = ActivationForm(type="float")
     strategies = ("channel", "group")

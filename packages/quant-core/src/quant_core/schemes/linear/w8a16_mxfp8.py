@@ -14,5 +14,6 @@ class AscendW8A16MXFP8LinearMethod(DequantisedLinearScheme):
     """
 
     granularity = ("blocks of 32",)
+    checked_against = {"W8A16_MXFP8": ("llmcompressor/qwen3/MXFP8A16",)}
     stores = MXFP8
     strategies = ("group",)

@@ -14,5 +14,6 @@ class AscendWFP8A16LinearMethod(DequantisedLinearScheme):
     """
 
     granularity = ("per tensor", "per channel", "blocks")
+    checked_against = {"WFP8A16": ("llmcompressor/qwen3/FP8_A16",)}
     stores = WeightForm(type="float")
     strategies = ("channel", "tensor", "block")

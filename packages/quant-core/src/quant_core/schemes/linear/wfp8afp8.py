@@ -24,7 +24,7 @@ class AscendWFP8AFP8LinearMethod(FP8LinearScheme):
         input_scale: float32 [g]
     """
 
-    checked_against = {"WFP8AFP8": ("llmcompressor/qwen3/FP8_STATIC",)}
+    checked_against = {"WFP8AFP8": ("llmcompressor/qwen3/FP8_STATIC", "llmcompressor/qwen3/FP8_CHANNEL_STATIC")}
     stores = WeightForm(type="float")
     activation = ActivationForm(type="float", dynamic=False, strategy="tensor")
 

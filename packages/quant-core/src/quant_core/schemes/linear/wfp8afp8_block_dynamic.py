@@ -20,7 +20,9 @@ class AscendWFP8AFP8BlockDynamicLinearMethod(DequantisedLinearScheme):
     """
 
     granularity = ("blocks",)
-    checked_against = {"WFP8AFP8_BLOCK_DYNAMIC": ("llmcompressor/qwen3/FP8_BLOCK",)}
+    checked_against = {
+        "WFP8AFP8_BLOCK_DYNAMIC": ("llmcompressor/qwen3/FP8_BLOCK", "llmcompressor/qwen3/FP8_BLOCK_MODELFREE")
+    }
     stores = WeightForm(type="float", strategy="block", block_structure=(128, 128))
     activation = ActivationForm(type="float", strategy="group", group_size=128)
     strategies = ("block",)

@@ -8,7 +8,7 @@ from quant_core.schemes.dequantised_experts import DequantisedMoEScheme
 from quant_core.schemes.linear.w4a4_nvfp4 import INPUT_SCALE, AscendW4A4NVFP4LinearMethod
 from quant_core.schemes.params import tensor_of
 from quant_core.schemes.registry import register_scheme
-from quant_core.schemes.routing import Codes
+from quant_core.schemes.routing import Codes, Rows, experts_of
 from quant_core.schemes.static_inputs import one_input_scale
 
 

@@ -24,6 +24,8 @@ class AscendW8A8FP8DynamicMoEMethod(AscendMoEScheme):
     checked_against = {"WFP8AFP8_DYNAMIC": ("llmcompressor/qwen3-moe/FP8_DYNAMIC",)}
     supported_devices = MX_DEVICES
     linear = AscendW8A8FP8DynamicLinearMethod
+    # The operator that makes rows takes scales of FP8 ones for exponents, whose shape compiled code then expects.
+    before_routing = False
 
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """One scale for each row."""
