@@ -38,6 +38,15 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
             "qwen2/W8A8_DYNAMIC",
             "qwen3/W4A4_DYNAMIC_LAOS_ONLINE",
             "qwen3/MIXED_LAYERS",
+            "llmcompressor/qwen3/W8A8_DYNAMIC",
+            "llmcompressor/qwen3/W8A8_DYNAMIC_ASYM",
+            "llmcompressor/qwen3/W8A8_DYNAMIC_CT010",
+            "llmcompressor/qwen3/W8A8_DYNAMIC_LMHEAD",
+            "llmcompressor/qwen3/W8A8_GROUP_DYNAMIC",
+            "llmcompressor/qwen3/W8A8_MODELFREE_IGNORE",
+            "llmcompressor/qwen3/W8A8_TENSOR_DYNAMIC",
+            "llmcompressor/qwen3/MIXED_W8A8_W4A16",
+            "llmcompressor/qwen2/W8A8_DYNAMIC",
         ),
     }
     stores = WeightForm()
