@@ -375,7 +375,7 @@ def test_members_of_a_packed_module_that_is_fused_on_disk() -> None:
     [
         ({"symmetric": True}, None),
         ({"num_bits": 8, "packing": None}, "has no int8 weights"),
-        ({"strategy": "tensor"}, "has no scales per tensor"),
+        ({"strategy": "token"}, "has no scales per token"),
         ({"strategy": "block", "block_structure": (16, 16)}, "has no scales per block"),
         ({"scale_dtype": torch.uint8}, "has no such a form"),
         ({"type": "float"}, "has no float4 weights"),
@@ -394,7 +394,7 @@ def test_what_is_stated_must_be_the_types(changes: dict[str, Any], told: str | N
 def test_an_asymmetric_weight_of_a_symmetric_type() -> None:
     form = replace(packed("a", 8), weight=WeightForm(symmetric=False))
     with pytest.raises(UnsupportedSchemeError, match="has no asymmetric weights"):
-        create_scheme(query("a"), LayerQuant("W8A8_DYNAMIC", ("a",), (form,)))
+        create_scheme(query("a"), LayerQuant("W8A8", ("a",), (form,)))
 
 
 def test_other_activations_than_the_types() -> None:

@@ -9,10 +9,10 @@ from quant_core import list_schemes
 from quant_core.overview import table
 
 REPOSITORY = Path(__file__).parents[3]
-DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata") / "checkpoints" / "msmodelslim"
+DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata") / "checkpoints"
 
-#: Checkpoints of that tool have no description that names the types of modules: their format's package looks at them.
-ELSEWHERE = "llmcompressor/"
+#: What a name begins with that is of llm-compressor; its `config.json` names no type of ours.
+OTHER_TOOL = "llmcompressor/"
 
 
 def test_the_readme_has_the_table_of_today() -> None:
@@ -28,14 +28,25 @@ def test_the_checkpoints_are_of_the_type() -> None:
     looked_at = 0
     for (quant_type, _), scheme_class in list_schemes().items():
         for name in scheme_class.checked_against.get(quant_type, ()):
-            if name.startswith(ELSEWHERE):
+            if name.startswith(OTHER_TOOL):
+                looked_at += check_other_tool(name)
                 continue
-            files = list((DATA / name).glob("quant_model_description*.json"))
+            files = list((DATA / "msmodelslim" / name).glob("quant_model_description*.json"))
             assert files or "ASCEND_QUANT_TEST_DATA" not in os.environ, f"{quant_type}: there is no {name}"
             for file in files:
                 looked_at += 1
                 assert quant_type in json.loads(file.read_text()).values(), f"{name} has no {quant_type}"
     assert looked_at
+
+
+def check_other_tool(name: str) -> int:
+    """A checkpoint of llm-compressor, or one of its variants, is one; how many were looked at."""
+    variants = DATA / OTHER_TOOL / "variants" / name.removeprefix(OTHER_TOOL)
+    files = [folder / "config.json" for folder in (DATA / name, variants) if folder.is_dir()]
+    assert files or "ASCEND_QUANT_TEST_DATA" not in os.environ, f"there is no {name}"
+    for file in files:
+        assert json.loads(file.read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    return len(files)
 
 
 def test_checkpoints_are_claimed_for_types_that_are_registered() -> None:

@@ -21,7 +21,17 @@ class AscendW4A16LinearMethod(AscendW8A16LinearMethod):
     """
 
     granularity = ("per channel", "per group", "per tensor")
-    checked_against = {"W4A16": ("qwen3/V0_W4A16",)}
+    checked_against = {
+        "W4A16": (
+            "qwen3/V0_W4A16",
+            "llmcompressor/qwen3/W4A16_GROUP",
+            "llmcompressor/qwen3/W4A16_ASYM",
+            "llmcompressor/qwen3/W4A16_ASYM_CT010",
+            "llmcompressor/qwen3/W4A16_CHANNEL_ASYM",
+            "llmcompressor/qwen3/W4A16_ACTORDER_GROUP",
+            "llmcompressor/qwen3/MIXED_W8A8_W4A16",
+        )
+    }
     stores = WeightForm(num_bits=4, symmetric=False)
 
     def _process_weight(self, layer: nn.Module, codes: Tensor) -> None:

@@ -25,7 +25,13 @@ class AscendW4A4DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
     """
 
     granularity = ("per channel", "per group", "per tensor")
-    checked_against = {"W4A4_DYNAMIC": ("qwen3/W4A4_DYNAMIC", "qwen3/W4A4_DYNAMIC_LAOS_ONLINE")}
+    checked_against = {
+        "W4A4_DYNAMIC": (
+            "qwen3/W4A4_DYNAMIC",
+            "qwen3/W4A4_DYNAMIC_LAOS_ONLINE",
+            "llmcompressor/qwen3/W4A4_CHANNEL",
+        )
+    }
     stores = WeightForm(num_bits=4)
     activation = ActivationForm(num_bits=4)
     _packed: bool

@@ -36,7 +36,15 @@ class AscendW4A8DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
     """
 
     granularity = ("per channel", "per group", "per tensor")
-    checked_against = {"W4A8_DYNAMIC": ("qwen3/W4A8_DYNAMIC", "qwen3/V0_W4A8_DYNAMIC_GROUP64")}
+    checked_against = {
+        "W4A8_DYNAMIC": (
+            "qwen3/W4A8_DYNAMIC",
+            "qwen3/V0_W4A8_DYNAMIC_GROUP64",
+            "llmcompressor/qwen3/W4A8_CHANNEL",
+            "llmcompressor/qwen3/W4A8_GROUP",
+            "llmcompressor/qwen3/W4A8_PACKED",
+        )
+    }
     stores = WeightForm(num_bits=4)
     activation = ActivationForm()
     _packed: bool

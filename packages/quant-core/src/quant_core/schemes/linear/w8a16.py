@@ -25,7 +25,16 @@ class AscendW8A16LinearMethod(AscendLinearScheme):
     """
 
     granularity = ("per channel", "per group", "per tensor")
-    checked_against = {"W8A16": ("qwen3/W8A16_ASYM", "qwen3/W8A16_GROUP64", "qwen3/MIXED_LAYERS")}
+    checked_against = {
+        "W8A16": (
+            "qwen3/W8A16_ASYM",
+            "qwen3/W8A16_GROUP64",
+            "qwen3/MIXED_LAYERS",
+            "llmcompressor/qwen3/W8A16_CHANNEL",
+            "llmcompressor/qwen3/W8A16_GROUP",
+            "llmcompressor/qwen3/W8A16_NAIVE",
+        )
+    }
     stores = WeightForm(symmetric=False)
     strategies = ("channel", "group", "tensor")
     takes_index = True

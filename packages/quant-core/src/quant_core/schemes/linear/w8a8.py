@@ -50,6 +50,11 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
             "qwen3/V0_W8A8_M4",
             "qwen2/W8A8",
             "qwen3/MIXED_LAYERS",
+            "llmcompressor/qwen3/W8A8_STATIC",
+            "llmcompressor/qwen3/W8A8_STATIC_ASYM",
+            "llmcompressor/qwen3/W8A8_STATIC_ASYM_CT010",
+            "llmcompressor/qwen3/W8A8_TENSOR_STATIC",
+            "llmcompressor/qwen2/W8A8_STATIC_ASYM",
         ),
         "W8A8S": ("qwen3/V0_W8A8S",),
     }

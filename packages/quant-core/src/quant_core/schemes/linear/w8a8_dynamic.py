@@ -1,11 +1,13 @@
 """W8A8_DYNAMIC: int8 weights, activations quantised per token at run time."""
 
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.context import LayerContext
 from quant_core.schemes.params import replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.run_time import drop, process_int8_weight, sum_of_groups, sums_of_weight
@@ -29,6 +31,12 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
         weight_offset: int32 as the scale (float32 if zero points are no integers), of asymmetric weights
         weight_sum: float32 [out], Σ (q - weight_offset) · weight_scale of this rank's input features, for asymmetric
             inputs
+
+    Attributes:
+        asymmetric_input: whether tokens are quantised with a zero point.
+        corrects: whether there are zero points, which the operators know nothing of: they give sums, completed
+            afterwards.
+
     """
 
     granularity = ("per channel", "per group", "per tensor")
@@ -38,6 +46,15 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
             "qwen2/W8A8_DYNAMIC",
             "qwen3/W4A4_DYNAMIC_LAOS_ONLINE",
             "qwen3/MIXED_LAYERS",
+            "llmcompressor/qwen3/W8A8_DYNAMIC",
+            "llmcompressor/qwen3/W8A8_DYNAMIC_ASYM",
+            "llmcompressor/qwen3/W8A8_DYNAMIC_CT010",
+            "llmcompressor/qwen3/W8A8_DYNAMIC_LMHEAD",
+            "llmcompressor/qwen3/W8A8_GROUP_DYNAMIC",
+            "llmcompressor/qwen3/W8A8_MODELFREE_IGNORE",
+            "llmcompressor/qwen3/W8A8_TENSOR_DYNAMIC",
+            "llmcompressor/qwen3/MIXED_W8A8_W4A16",
+            "llmcompressor/qwen2/W8A8_DYNAMIC",
         ),
     }
     stores = WeightForm()
@@ -45,22 +62,21 @@ class AscendW8A8DynamicLinearMethod(AscendLinearScheme):
     strategies = ("channel", "group", "tensor")
     takes_offsets = True
     storage: IntegerStorage
+    asymmetric_input: bool
+    corrects: bool
+
+    @classmethod
+    def create(cls, context: LayerContext) -> Self:
+        """What is stated of the layer decides what each call does, so it is asked once."""
+        scheme, stated = super().create(context), context.form.input
+        scheme.asymmetric_input = stated is not None and stated.dynamic and not stated.symmetric
+        scheme.corrects = scheme.asymmetric_input or not scheme.storage.weight.symmetric
+        return scheme
 
     @classmethod
     def takes_input(cls, form: ActivationForm) -> bool:
         """Symmetric or not; the operators have no int4 with a zero point."""
         return replace(form, symmetric=True) == cls.activation and (form.symmetric or form.num_bits == 8)
-
-    @property
-    def asymmetric_input(self) -> bool:
-        """Whether tokens are quantised with a zero point."""
-        stated = self.context.form.input
-        return stated is not None and stated.dynamic and not stated.symmetric
-
-    @property
-    def corrects(self) -> bool:
-        """Whether there are zero points, which the operators know nothing of: they give sums, completed afterwards."""
-        return self.asymmetric_input or not self.storage.weight.symmetric
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose weight, scale and offset; drop the offset of a symmetric type, which is zero."""

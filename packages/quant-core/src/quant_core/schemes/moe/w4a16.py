@@ -12,5 +12,10 @@ class AscendW4A16MoEMethod(AscendW8A16MoEMethod):
     Run time: as W8A16, with weights as int32 [E, in, out / 8], half a byte per value; as int8 on CPU.
     """
 
-    checked_against = {"W4A16": ("qwen3-moe/V0_W4A16_GROUP64",)}
+    checked_against = {
+        "W4A16": (
+            "qwen3-moe/V0_W4A16_GROUP64",
+            "llmcompressor/qwen3-moe/W4A16_GROUP",
+        )
+    }
     linear = AscendW4A16LinearMethod

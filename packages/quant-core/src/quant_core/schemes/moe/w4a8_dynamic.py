@@ -39,6 +39,7 @@ class AscendW4A8DynamicMoEMethod(AscendW8A8DynamicMoEMethod):
             "qwen3-moe/W4A8_DYNAMIC",
             "qwen3-moe/V0_W4A8_DYNAMIC_GROUP64",
             "deepseek-v3/W4A8_DYNAMIC",
+            "llmcompressor/qwen3-moe/W4A8_CHANNEL",
         )
     }
     supported_devices = (*_PACKED, "cpu")

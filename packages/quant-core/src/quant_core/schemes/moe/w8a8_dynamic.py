@@ -31,7 +31,11 @@ class AscendW8A8DynamicMoEMethod(AscendMoEScheme):
 
     granularity: ClassVar[tuple[str, ...]] = ("per channel", "per tensor")
     checked_against: ClassVar[dict[str, tuple[str, ...]]] = {
-        "W8A8_DYNAMIC": ("qwen3-moe/W8A8_DYNAMIC", "deepseek-v3/W8A8")
+        "W8A8_DYNAMIC": (
+            "qwen3-moe/W8A8_DYNAMIC",
+            "deepseek-v3/W8A8",
+            "llmcompressor/qwen3-moe/W8A8_DYNAMIC",
+        )
     }
     linear = AscendW8A8DynamicLinearMethod
     #: Whether the hidden state is quantised as the fused operator does it.
