@@ -181,6 +181,16 @@ def build_environment(session: nox.Session) -> Path:
     return shared(session, "build", GROUPS["build"], install)
 
 
+def tool_environment(session: nox.Session, group: str) -> Path:
+    """Python of the environment of a tool that quantises models: torch and a dependency group."""
+
+    def install(session: nox.Session, python: Path) -> None:
+        install_torch(session, python)
+        pip(session, python, "install", TORCH, *GROUPS[group])
+
+    return shared(session, group, [TORCH, *GROUPS[group]], install)
+
+
 # --- our wheels -------------------------------------------------------------------------------------------------------
 
 BUILT: dict[str, Path] = {}  # distribution -> wheel, filled once per run of nox
@@ -439,6 +449,21 @@ def demo(session: nox.Session) -> None:
     install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
     script = str(ROOT / "examples" / "demo" / "demo.py")
     session.run(str(python), script, *arguments, env=variables(device, VLLM) | older, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def interop(session: nox.Session) -> None:
+    """Quantise a model with the real llm-compressor and msModelSlim, and serve what they write; no NPU needed."""
+    scripts, out = ROOT / "tools" / "interop", session.cache_dir.resolve() / "checkpoints"  # kept, to look into
+    shutil.rmtree(out, ignore_errors=True)
+    for tool in ("llmcompressor", "msmodelslim"):
+        script = str(scripts / f"quantise_with_{tool}.py")
+        python = tool_environment(session, f"interop-{tool}")
+        session.run(str(python), script, str(out), env={"HF_HUB_OFFLINE": "1"}, silent=True, external=True)
+    python, names = test_environment(session, VLLM, "cpu"), tuple(package.name for package in PACKAGES)
+    install_wheels(session, python, names)
+    prove(session, python, names, VLLM)
+    session.run(str(python), str(scripts / "serve.py"), str(out), env=variables("cpu", VLLM), external=True)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -158,10 +158,9 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def main() -> int:
-    """Set vLLM up for a small machine and run the demo; tracebacks go to the file."""
-    options = parse_options()
-    os.environ["OMP_NUM_THREADS"] = options.threads
+def set_up(threads: str) -> tuple[Console, str]:
+    """Set vLLM up for a small machine, and a console; what vLLM prints goes to a file, whose name comes second."""
+    os.environ["OMP_NUM_THREADS"] = threads
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where we can look into it
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM's default is a large share of the memory
@@ -173,6 +172,13 @@ def main() -> int:
     os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
     console, log = open_terminal()
     console.print(f"vLLM's warnings go to {log}")
+    return console, log
+
+
+def main() -> int:
+    """Run the demo; tracebacks go to the file."""
+    options = parse_options()
+    console, log = set_up(options.threads)
     try:
         return run(console, options)
     except Exception as error:

@@ -35,7 +35,7 @@ def layers(console: Console, served: Any, every_layer: bool) -> None:
         return
     console.print("\n[bold]2. Which scheme each layer got, and from which key[/]\n")
     found = config.layers
-    console.print(_layer_table(found, every_layer))
+    console.print(layer_table(found, every_layer))
     evidence = [entry for quant in found.values() for entry in quant.evidence]
     if evidence:
         files = ", ".join(sorted({entry.file for entry in evidence}))
@@ -49,7 +49,7 @@ def layers(console: Console, served: Any, every_layer: bool) -> None:
         console.print(f"{name} is {scheme.__name__}:\n  {formula}", markup=False)
 
 
-def _layer_table(found: dict[str, Any], every_layer: bool) -> Table:
+def layer_table(found: dict[str, Any], every_layer: bool) -> Table:
     """One row per layer, or one for all that differ in their number only."""
     groups: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for path, quant in found.items():
