@@ -135,4 +135,4 @@ def oddities(
 def _names_something(entry: str, resolver: Resolver, modules: Mapping[str, StoredForm]) -> bool:
     if entry == EXPERTS:
         return any(is_expert(module) for module in modules)
-    return any(resolver.matcher.matches(entry, module) for module in modules)
+    return resolver.matcher.names_one_of(entry, modules)
