@@ -6,7 +6,7 @@ and which of its parts ask for something that nobody would do.
 
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NAME = "compressed-tensors"
 
 _CONFIG = "config.json"
+_DEEPEST = 50
 
 #: Keys of the section and of a group that are acted on, or that say nothing about how a model is computed.
 _KEYS = (
@@ -43,6 +44,14 @@ _ARGUMENTS = ("weights", "input_activations", "output_activations")
 
 #: How writers for Ascend spell null, true and false.
 _SPELLED: dict[str, Any] = {"null": None, "none": None, "true": True, "false": False}
+
+#: How weights are stored that a format of the library's is the name of; those of sparse weights are not among them.
+_STORED = (
+    *("dense", "naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "mixed-precision"),
+    *("mxfp8-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "nvfp4-pack-quantized"),
+)
+#: What the library says where a section does not.
+_UNSAID = "fakequant"
 
 #: What transforms that act at run time multiply; those of weights are in the stored weights already.
 _MERGED = ("weight_input", "weight_output")
@@ -96,6 +105,7 @@ class Section:
                 todo="serve it without --quantization, or take the config.json that was written with the weights",
             )
         place, raw = found
+        _check_depth(raw, place)
         plain = _without_dialect(raw)
         config = _parsed(plain, place, raw)
         groups = {name: scheme for name, scheme in config.config_groups.items() if not isinstance(scheme, list)}
@@ -145,6 +155,7 @@ def unserved_parts(section: Section) -> Iterator[Finding]:
     for name, group in section.raw["config_groups"].items():
         if isinstance(group, Mapping):
             yield from _unknown_keys(group, (*_GROUP_KEYS, "actorder"), section.key("config_groups", name))
+    yield from _unread_formats(section)
     yield from _sparse(section)
     yield from _online_transforms(section)
     if not _asks_nothing(section.raw.get("kv_cache_scheme")):
@@ -196,27 +207,69 @@ def _asks_nothing(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, list) and all(map(_asks_nothing, value)))
 
 
+def _unread_formats(section: Section) -> Iterator[Finding]:
+    given = {section.key("format"): section.format} if section.format != _UNSAID else {}
+    for name, scheme in section.groups.items():
+        if scheme.format is not None:
+            given[section.key("config_groups", name, "format")] = str(scheme.format)
+    for key, value in given.items():
+        if value not in _STORED:
+            todo = f"save the model in one of {listing(_STORED, len(_STORED))}"
+            yield _unserved(key, f"weights that are stored as {value[:100]!r}", todo)
+
+
 def _sparse(section: Section) -> Iterator[Finding]:
     sparsity = section.raw.get("sparsity_config")
-    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
+    stored = sparsity.get("format") if isinstance(sparsity, Mapping) else sparsity
+    if stored != "dense" and not _asks_nothing(sparsity):
         todo = "save the model without sparse compression (llm-compressor: disable_sparse_compression=True)"
         what = "weights that are stored without their zeros"
-        yield _unserved(section.key("sparsity_config", "format"), what, todo, sparsity["format"])
+        yield _unserved(section.key("sparsity_config"), what, todo, str(sparsity)[:200])
 
 
 def _online_transforms(section: Section) -> Iterator[Finding]:
     config = section.raw.get("transform_config")
-    groups = config.get("config_groups") if isinstance(config, Mapping) else None
-    for name, scheme in groups.items() if isinstance(groups, Mapping) else ():
-        applied = scheme.get("apply") if isinstance(scheme, Mapping) else None
-        for entry in applied if isinstance(applied, list) else [applied]:
-            location = entry.get("location") if isinstance(entry, Mapping) else None
+    if _asks_nothing(config):
+        return
+    rest = dict(config) if isinstance(config, Mapping) else {}
+    groups = rest.pop("config_groups", None)
+    if not isinstance(groups, Mapping) or not _asks_nothing(rest):
+        todo = "quantise without it"
+        yield _unserved(section.key("transform_config"), "transforms that nobody here knows", todo, str(config)[:200])
+        return
+    for name, scheme in groups.items():
+        for location in _locations(scheme):
             if location not in _MERGED:
-                what = (
-                    f"a transform of {location} at run time" if location else "a transform that says not where it acts"
-                )
+                where = "a transform that says not where it acts"
+                what = f"a transform of {str(location)[:100]} at run time" if location is not None else where
                 todo = "quantise with transforms that can be merged into the weights (SpinQuant: R1 and R2 only)"
                 yield _unserved(section.key("transform_config", "config_groups", name), what, todo)
+
+
+def _locations(scheme: Any) -> list[Any]:
+    """Where a transform acts; None where it says not."""
+    applied = scheme.get("apply") if isinstance(scheme, Mapping) else None
+    entries = applied if isinstance(applied, list) else [applied]
+    return [entry.get("location") if isinstance(entry, Mapping) else None for entry in entries]
+
+
+def _check_depth(raw: Mapping[str, Any], place: str) -> None:
+    """Refuse what would exhaust the stack of whoever walks over it; real sections have seven levels."""
+    level: list[Any] = [raw]
+    for _ in range(_DEEPEST):
+        level = [
+            part
+            for value in level
+            for part in (value.values() if isinstance(value, Mapping) else value)
+            if isinstance(part, Mapping | list)
+        ]
+    if level:
+        raise CheckpointError(
+            f"{_CONFIG} has a section that is nested deeper than {_DEEPEST} levels",
+            where=f"{_CONFIG}: {place}",
+            todo="take the config.json that was written with the weights",
+            file=_CONFIG,
+        )
 
 
 def _without_dialect(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,33 +323,50 @@ def _parsed(plain: dict[str, Any], place: str, raw: Mapping[str, Any]) -> Any:
             warnings.simplefilter("ignore")  # about observers, which only calibration has
             return QuantizationConfig.model_validate(plain)
     except ValidationError as error:
-        raise _unparsable(_complaints(error, place), raw) from error
+        raise _unparsable(_complaints(error, plain, place), raw) from error
     except Exception as error:  # older libraries raise whatever comes for what they do not know
         raise _unparsable([_complaint(plain, place, error)], raw) from error
 
 
-def _complaints(error: Any, place: str) -> list[str]:
+def _complaints(error: Any, plain: Mapping[str, Any], place: str) -> list[str]:
     """Each complaint with its key; a group is an object or a list, and the library complains about both."""
     complaints = []
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"] if part != "QuantizationScheme"]
+        path = problem["loc"]
         if "list[str]" not in path:
             given = "" if isinstance(problem["input"], Mapping) else f", not {str(problem['input'])[:100]!r}"
-            complaints.append(f"{'.'.join([place, *path])}: {problem['msg']}{given}")
+            keys = _keys(path, plain, absent=problem["type"] == "missing")
+            complaints.append(f"{'.'.join([place, *keys])}: {problem['msg'][:500]}{given}")
     return complaints or [f"{place}: {str(error)[:500]}"]
+
+
+def _keys(path: Iterable[Any], value: Any, absent: bool) -> list[str]:
+    """The keys of a path that the library mixes with names of what it tried at them."""
+    keys: list[str] = []
+    for part in path:
+        inside = isinstance(value, Mapping) and part in value
+        if inside or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
+            keys.append(str(part))
+            value = value[part]
+    return [*keys, str(list(path)[-1])] if absent else keys
 
 
 def _complaint(plain: dict[str, Any], place: str, error: Exception) -> str:
     """An exception without a key, with the key at which it is raised again."""
-    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
+    parts: dict[str, tuple[Any, Any]] = {}
     for name, group in plain["config_groups"].items():
+        key = f"{place}.config_groups.{name}"
         for part in _ARGUMENTS if isinstance(group, dict) else ():
-            try:
-                QuantizationArgs.model_validate(group.get(part) or {})
-            except Exception as again:
-                if type(again) is type(error):
-                    return f"{place}.config_groups.{name}.{part}: {again}"
+            parts[f"{key}.{part}"] = QuantizationArgs, group.get(part) or {}
+        parts[key] = QuantizationConfig, {"config_groups": {name: group}}
+    for key, (model, part) in parts.items():
+        try:
+            model.model_validate(part)
+        except Exception as again:
+            if type(again) is type(error):
+                return f"{key}: {error!r}"
     return f"{place}: {error!r}"
 
 
