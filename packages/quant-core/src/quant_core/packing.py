@@ -93,7 +93,9 @@ def pack(values: Tensor, packing: Packing | None, num_bits: int = 4) -> Tensor:
     if packing.container(num_bits) == torch.int8:
         packed = pack_pairs(values, packing.axis)
     elif packing.axis == 1:
-        packed = pack_eights(values) if num_bits == 4 else values.contiguous().view(torch.int32)
+        # A copy: an axis of size 1 may have any stride, and a view in a wider dtype wants multiples of its size.
+        whole = values.clone(memory_format=torch.contiguous_format)
+        packed = pack_eights(whole) if num_bits == 4 else whole.view(torch.int32)
     else:
         packed = pack(values.t(), Packing(1, packing.values), num_bits).t().contiguous()
     return packed if packing.signed else packed ^ _sign_bits(packed.dtype, num_bits)

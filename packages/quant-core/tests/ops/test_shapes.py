@@ -51,6 +51,10 @@ META_CALLS: dict[str, Callable[[], Any]] = {
         x(4, 64), dst_type=torch.quint4x2
     ),
     "npu_dynamic_quant: bf16 (2,4,64)": lambda: npu.npu_dynamic_quant(x(2, 4, 64)),
+    "npu_dynamic_quant_asymmetric: bf16 (4,64)": lambda: npu.npu_dynamic_quant_asymmetric(x(4, 64)),
+    "npu_dynamic_quant_asymmetric: bf16 (4,64) quint4x2": lambda: npu.npu_dynamic_quant_asymmetric(
+        x(4, 64), dst_type=torch.quint4x2
+    ),
     "npu_quant_matmul: int8 (4,64)@(64,32) scale f32(32) pertoken f32(4) out bf16": lambda: npu.npu_quant_matmul(
         i8(4, 64),
         i8(64, 32),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from integer_modules import unfolded
 from linear_cases import w4a4_dynamic, w4a8_dynamic, w4a16, w8a8, w8a8_dynamic, w8a8_mix, w8a16
 from mx_modules import mxfp4, mxfp8, wfp8afp8
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ MAKE: dict[str, Callable[[int, int], Stored]] = {
     "W8A8_DYNAMIC": w8a8_dynamic,
     "W8A8_DYNAMIC groups": lambda out, inputs: w8a8_dynamic(out, inputs, groups=2),
     "W8A8": w8a8,
+    "W8A8 unfolded": unfolded,
+    "W8A8 unfolded asymmetric": lambda out, inputs: unfolded(out, inputs, asymmetric=True),
+    "W8A8 unfolded per tensor": lambda out, inputs: unfolded(out, inputs, "tensor", True, scalar=True),
     "W8A8_MIX": w8a8_mix,
     "W8A16": lambda out, inputs: w8a16(out, inputs, 1, asymmetric=True),
     "W8A16 groups": lambda out, inputs: w8a16(out, inputs, 2, asymmetric=True),

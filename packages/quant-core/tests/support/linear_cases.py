@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from bits import pack_pairs
+from integer_modules import ASYMMETRIC_TOKENS, TOKENS, integers, unfolded
 from mx_modules import dual_scale, mxfp4, mxfp4_flatquant, mxfp8, wfp8afp8
 from torch import Tensor
 
-from quant_core import AscendLinearScheme
+from quant_core import ActivationForm, AscendLinearScheme
 from quant_core.schemes.linear.w4a4_dynamic import AscendW4A4DynamicLinearMethod
 from quant_core.schemes.linear.w4a4_flatquant_dynamic import AscendW4A4FlatQuantDynamicLinearMethod, get_decompose_dim
 from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod
@@ -195,10 +196,25 @@ CASES = {
     "W8A8 int64": Case(Static, lambda *a, **o: w8a8(*a, deq=torch.int64, **o), F16),
     "W8A8 int64 served in bf16": Case(Static, lambda *a, **o: w8a8(*a, deq=torch.int64, **o), BF16),
     "W8A8 legacy": Case(Static, lambda *a, **o: w8a8(*a, model=BF16, weight_scale=True, **o), BF16, True),
+    "W8A8 unfolded": Case(Static, unfolded, BF16),
+    "W8A8 unfolded fp32": Case(Static, unfolded),
+    "W8A8 unfolded fp16": Case(Static, lambda *a, **o: unfolded(*a, asymmetric=True, model=F16, **o), F16),
+    "W8A8 unfolded asymmetric": Case(Static, lambda *a, **o: unfolded(*a, asymmetric=True, **o), BF16, True),
+    "W8A8 unfolded per tensor": Case(Static, lambda *a, **o: unfolded(*a, "tensor", scalar=True, **o), BF16, True),
     "W8A8_DYNAMIC": Case(Dynamic, w8a8_dynamic),
     "W8A8_DYNAMIC fp16": Case(Dynamic, w8a8_dynamic, F16),
     "W8A8_DYNAMIC legacy": Case(Dynamic, lambda *a: w8a8_dynamic(*a, model=BF16, offset=False), BF16),
     "W8A8_DYNAMIC groups": Case(Dynamic, lambda out, inputs: w8a8_dynamic(out, inputs, groups=inputs // 16)),
+    "W8A8_DYNAMIC per tensor": Case(Dynamic, lambda o, i: integers(o, i, strategy="tensor", tokens=TOKENS), BF16),
+    "W8A8_DYNAMIC scalar, int32": Case(
+        Dynamic, lambda o, i: integers(o, i, strategy="tensor", scalar=True, packed=True, tokens=TOKENS)
+    ),
+    "W8A8_DYNAMIC asymmetric weights": Case(Dynamic, lambda o, i: integers(o, i, asymmetric=True, tokens=TOKENS), BF16),
+    "W8A8_DYNAMIC asymmetric inputs": Case(Dynamic, lambda o, i: integers(o, i, tokens=ASYMMETRIC_TOKENS), BF16),
+    "W8A8_DYNAMIC all asymmetric": Case(
+        Dynamic,
+        lambda o, i: integers(o, i, 8, "group", i // 16, asymmetric=True, packed=True, tokens=ASYMMETRIC_TOKENS),
+    ),
     "W8A8_MIX": Case(AscendW8A8MixLinearMethod, w8a8_mix, BF16),
     "W4A4_FLATQUANT_DYNAMIC": Case(AscendW4A4FlatQuantDynamicLinearMethod, flatquant, error=0.15),
     "W4A4_FLATQUANT_DYNAMIC bf16": Case(AscendW4A4FlatQuantDynamicLinearMethod, flatquant, BF16, error=0.15),
@@ -217,11 +233,39 @@ CASES = {
     "W4A16 unpacked groups": Case(Int4WeightOnly, lambda o, i: w4a16(o, i, i // 16, True, packed=False), BF16),
     "W4A16 int32": Case(Int4WeightOnly, w4a16, BF16, device=NPU),
     "W4A16 int32 groups": Case(Int4WeightOnly, lambda o, i: w4a16(o, i, i // 16, True), F16, device=NPU),
+    "W8A16 per tensor, int32": Case(
+        WeightOnly, lambda o, i: integers(o, i, strategy="tensor", scalar=True, packed=True), BF16
+    ),
+    "W8A16 int32 asymmetric groups": Case(
+        WeightOnly, lambda o, i: integers(o, i, 8, "group", i // 16, asymmetric=True, packed=True), BF16
+    ),
+    "W8A16 indexed": Case(WeightOnly, lambda o, i: integers(o, i, 8, "group", i // 16, indexed=True)),
+    "W4A16 int32 asymmetric": Case(Int4WeightOnly, lambda o, i: integers(o, i, 4, asymmetric=True, packed=True), BF16),
+    "W4A16 indexed": Case(
+        Int4WeightOnly,
+        lambda o, i: integers(o, i, 4, "group", i // 16, asymmetric=True, packed=True, indexed=True),
+        BF16,
+        device=NPU,
+    ),
     "W4A4_DYNAMIC": Case(Int4Dynamic, w4a4_dynamic, error=0.2),
     "W4A4_DYNAMIC groups": Case(Int4Dynamic, lambda o, i: w4a4_dynamic(o, i, i // 16, BF16), BF16, error=0.2),
     "W4A4_DYNAMIC int32": Case(Int4Dynamic, w4a4_dynamic, BF16, device=NPU, error=0.2),
     "W4A4_DYNAMIC groups on an NPU": Case(Int4Dynamic, lambda o, i: w4a4_dynamic(o, i, 2), F16, device=NPU, error=0.2),
+    "W4A4_DYNAMIC asymmetric": Case(
+        Int4Dynamic,
+        lambda o, i: integers(o, i, 4, asymmetric=True, packed=True, tokens=ActivationForm(num_bits=4)),
+        BF16,
+        device=NPU,
+        error=0.2,
+    ),
     "W4A8_DYNAMIC": Case(Mixed, w4a8_dynamic),
+    "W4A8_DYNAMIC per tensor": Case(Mixed, lambda o, i: integers(o, i, 4, "tensor", tokens=TOKENS), BF16, device=NPU),
+    "W4A8_DYNAMIC all asymmetric": Case(
+        Mixed,
+        lambda o, i: integers(o, i, 4, "group", i // 16, asymmetric=True, packed=True, tokens=ASYMMETRIC_TOKENS),
+        BF16,
+        device=NPU,
+    ),
     "W4A8_DYNAMIC two stages": Case(Mixed, lambda o, i: w4a8_dynamic(o, i, i // 16, parts=16), BF16),
     "W4A8_DYNAMIC unpacked": Case(Mixed, lambda o, i: w4a8_dynamic(o, i, i // 16, packed=False, parts=0), F16),
     "W4A8_DYNAMIC int32": Case(Mixed, lambda o, i: w4a8_dynamic(o, i, parts=i), BF16, device=NPU),

@@ -69,6 +69,14 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "dynamic": ("npu_dynamic_quant", (x(3, 8),), {}),
     "dynamic 3-D": ("npu_dynamic_quant", (x(2, 3, 8, dtype=f32),), {"smooth_scales": ones(8)}),
     "dynamic int4": ("npu_dynamic_quant", (x(2, 3, 16),), {"dst_type": torch.quint4x2}),
+    "dynamic with offsets": ("npu_dynamic_quant_asymmetric", (x(3, 8),), {}),
+    "dynamic with offsets, 3-D": (
+        "npu_dynamic_quant_asymmetric",
+        (x(2, 3, 8, dtype=f32),),
+        {"smooth_scales": ones(8)},
+    ),
+    "dynamic int4 with offsets": ("npu_dynamic_quant_asymmetric", (x(2, 3, 16),), {"dst_type": torch.quint4x2}),
+    "dynamic with offsets, transposed": ("npu_dynamic_quant_asymmetric", (x(8, 3, dtype=f16).t(),), {}),
     "quantize int4": ("npu_quantize", (x(3, 16), ones(3), None, torch.quint4x2, -2, False), {}),
     "dynamic transposed": ("npu_dynamic_quant", (x(8, 3, dtype=f16).t(),), {"dst_type": torch.int8}),
     "matmul bf16": (

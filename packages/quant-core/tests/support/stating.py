@@ -5,9 +5,28 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from quant_core import AscendLinearScheme, Packing, StoredForm, StoredTensor, WeightForm
+from quant_core import ActivationForm, AscendLinearScheme, Packing, StoredForm, StoredTensor, WeightForm
 from quant_core.schemes.additions import ADDITIONS
 from quant_core.schemes.linear.w4a16 import AscendW4A16LinearMethod
+
+
+class Module(dict[str, Tensor]):
+    """The stored tensors of a module, with what its format states.
+
+    Attributes:
+        weight: how the weight is stored.
+        input: how the layer's input is quantised.
+
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], weight: WeightForm, tokens: ActivationForm | None) -> None:
+        super().__init__(tensors)
+        self.weight = weight
+        self.input = tokens
+
+    def changed(self, **tensors: Tensor) -> "Module":
+        """The same with other tensors."""
+        return Module({**self, **tensors}, self.weight, self.input)
 
 
 def form(
@@ -16,6 +35,8 @@ def form(
     """A module of a scheme, or of no scheme in particular; some packings are told by the input features only."""
     file = "model.safetensors"
     tensors = {s: StoredTensor(f"{module}.{s}", tuple(t.shape), t.dtype, file) for s, t in member.items()}
+    if isinstance(member, Module):
+        return StoredForm(module, tensors, member.weight, member.input)
     usual = scheme_class.stores if scheme_class else None
     names = tuple(a.name for a in ADDITIONS if any(suffix in member for suffix in a.suffixes))
     weight = usual and (_float(usual, member) if usual.type == "float" else _integer(usual, member, inputs))

@@ -20,6 +20,10 @@ from vllm_ascend_quant.placement.paths import ModelPaths
 logger = init_logger("vllm.ascend_quant")
 
 
+#: What writers call the layers for multi-token prediction that they add to a model.
+_MTP = "mtp"
+
+
 @dataclass
 class Loading:
     """How the loading of one model stands.
@@ -61,6 +65,8 @@ class ServedModel:
         layers: what was decided about each layer, by module path.
         absent_members: the members of fused float layers of which the files have no weight, by module path.
         loading: how the loading stands.
+        drafts_only: the first components of the names of tensors that are in the folder for a draft, and which this
+            model's loader would not know: those of layers for multi-token prediction (`mtp.`).
 
     """
 
@@ -71,13 +77,18 @@ class ServedModel:
     loading: Loading
     layers: dict[str, LayerQuant] = field(default_factory=dict)
     absent_members: dict[str, Sequence[str]] = field(default_factory=dict)
+    drafts_only: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, quant_format: QuantFormat, model_config: Any, made_up: bool) -> "ServedModel":
+    def of(
+        cls, model: nn.Module, quant_format: QuantFormat, model_config: Any, made_up: bool, draft: bool = False
+    ) -> "ServedModel":
         """The owner for a model that was just built, remembered until the model is gone."""
         modules = list(quant_format.modules) or guessed_modules(model, quant_format)
         paths = ModelPaths(model, modules)
         served = cls(quant_format, model_config, made_up, paths, Loading(model_config.model))
+        if not draft and _MTP not in dict(model.named_children()):
+            served.drafts_only = (_MTP,)
         _served[model] = served
         return served
 

@@ -1,7 +1,7 @@
 """What a user switched off, by naming it in the environment variable VLLM_ASCEND_QUANT_DISABLE.
 
 The names, separated by commas, are in the package's README: the functions of vLLM that are wrapped
-(plugin/wrappers.py), `precedence` (plugin/precedence.py) and `zeros` (loading/contents.py).
+(plugin/wrappers.py), `precedence` (plugin/precedence.py), `zeros` (loading/contents.py), and formats (installed.py).
 """
 
 import os

@@ -36,6 +36,7 @@ from quant_core.ops.schemas import SCHEMAS
 CPU_KERNELS: dict[str, Callable[..., Any]] = {
     "npu_quantize": quantize.npu_quantize,
     "npu_dynamic_quant": quantize.npu_dynamic_quant,
+    "npu_dynamic_quant_asymmetric": quantize.npu_dynamic_quant_asymmetric,
     "npu_quant_matmul": matmul.npu_quant_matmul,
     "npu_trans_quant_param": quantize.npu_trans_quant_param,
     "npu_weight_quant_batchmatmul": weight_only.npu_weight_quant_batchmatmul,

@@ -11,6 +11,10 @@ SCHEMAS: dict[str, str] = {
         "(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
         'str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)'
     ),
+    "npu_dynamic_quant_asymmetric": (
+        "(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
+        'str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor, Tensor)'
+    ),
     "npu_quant_matmul": (
         "(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? pertoken_scale=None, Tensor? bias=None, "
         "int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, int? pertoken_scale_dtype=None, "

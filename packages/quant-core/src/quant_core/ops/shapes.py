@@ -29,6 +29,20 @@ def npu_dynamic_quant(
     return codes, input.new_empty(input.shape[:-1], dtype=torch.float32)
 
 
+def npu_dynamic_quant_asymmetric(
+    input: Tensor,
+    *,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, and one float32 scale and offset per token."""
+    codes, scale = npu_dynamic_quant(input, dst_type=dst_type)
+    return codes, scale, torch.empty_like(scale)
+
+
 def npu_quant_matmul(
     x1: Tensor,
     x2: Tensor,

@@ -169,7 +169,9 @@ class AscendLinearScheme(Scheme):
         reasons, storage = super().can_serve(context), cls.storage_of(context.form)
         if storage is None or cls.declares:
             return reasons
-        return reasons + (cls._unlike(storage, context.form) or storage.reasons_against(context.input_size))
+        unfit = cls._unlike(storage, context.form) or storage.reasons_against(context.input_size)
+        outputs = dict.fromkeys(shard.output_size for shard in context.shards)
+        return reasons + (unfit or [reason for size in outputs for reason in storage.reasons_against_outputs(size)])
 
     @classmethod
     def _unlike(cls, storage: Storage, form: StoredForm) -> list[str]:

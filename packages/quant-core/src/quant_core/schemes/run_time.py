@@ -57,17 +57,37 @@ def drop(layer: nn.Module, *names: str) -> None:
             delattr(layer, name)
 
 
-def sum_of_groups(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """int8 [m, k] times int8 [k, n] with a scale per group [g, n], float32 [m, n].
+def sum_of_groups(codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """int8 [m, k] times (int8 [k, n] - offset) · scale, one of each for a group [g, n] or all [n]; float32 [m, n].
 
-    No operator multiplies int8 by int8 in groups, so the int32 sums of each are scaled here.
+    No operator multiplies int8 by int8 in groups, nor with zero points, so the int32 sums of each are completed here:
+    integers with integers, which is exact.
     """
-    length = weight.shape[0] // scale.shape[0]
+    scales = scale.view(-1, scale.shape[-1])
+    offsets = None if offset is None else offset.view(scales.shape)
+    length = weight.shape[0] // len(scales)
     total = torch.zeros(codes.shape[0], weight.shape[1], dtype=torch.float32, device=codes.device)
-    for group in range(scale.shape[0]):
+    for group in range(len(scales)):
         part = slice(group * length, (group + 1) * length)
-        sums = torch.ops.npu.npu_quant_matmul(
-            codes[:, part].contiguous(), weight[part], scale[group], output_dtype=torch.int32
-        )
-        total += sums * scale[group]
+        rows, columns = (codes, weight) if len(scales) == 1 else (codes[:, part].contiguous(), weight[part])
+        sums = torch.ops.npu.npu_quant_matmul(rows, columns, scales[group], output_dtype=torch.int32)
+        if offsets is not None:
+            sums = sums - rows.sum(dim=-1, keepdim=True, dtype=torch.int32) * offsets[group]
+        total += sums * scales[group]
     return total
+
+
+def sums_of_weight(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Σ (q - offset) · scale over the input features of each output feature, float32 [out].
+
+    What a token's zero point is multiplied by.
+
+    Args:
+        codes: int8 [out, in].
+        scale: float32 [out, g].
+        offset: as scale, int32 if they are whole numbers; or none.
+
+    """
+    length = codes.shape[1] // scale.shape[1]
+    sums = codes.unflatten(1, (scale.shape[1], length)).sum(dim=-1, dtype=torch.int32)
+    return ((sums if offset is None else sums - length * offset) * scale).sum(dim=1)

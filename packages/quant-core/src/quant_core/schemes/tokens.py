@@ -16,3 +16,18 @@ def token_scale(rows: Tensor, largest: float, partition: Partition) -> Tensor:
     if partition.max_over_ranks is not None:
         peak = partition.max_over_ranks(peak)
     return (peak / largest).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def asymmetric_codes(rows: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes of each row, float32 scales and offsets [tokens], so that x is about (codes - offset) · scale.
+
+    Where all ranks are to use the scale of the whole token (exact TP), its extremes go over the ranks in one call.
+    """
+    if partition.max_over_ranks is None:
+        codes, scale, offset = torch.ops.npu.npu_dynamic_quant_asymmetric(rows)
+        return codes, scale, offset
+    values = rows.to(torch.float32)
+    highest, lowest = partition.max_over_ranks(torch.stack([values.amax(dim=-1), -values.amin(dim=-1)]))
+    scale = ((highest + lowest) / 255).clamp(min=1e-12)
+    offset = 127 - highest / scale
+    return torch.ops.npu.npu_quantize(rows, scale, offset, torch.qint8, 0, True), scale, offset

@@ -52,6 +52,10 @@ class Storage(ABC):
         """Why a module of so many input features cannot be stored like this; empty when it can."""
         return []
 
+    def reasons_against_outputs(self, output_size: int) -> list[str]:
+        """Why a module of so many output features cannot be stored like this; empty when it can."""
+        return []
+
     @abstractmethod
     def dequantize(self, tensors: Tensors) -> Tensor:
         """The float32 weight [out, in]."""

@@ -219,7 +219,7 @@ def test_unequal_groups_are_refused(workbench: Any) -> None:
     (reason,) = Scheme.can_serve(workbench.context([stored], scheme_class=Scheme))
     assert reason == (
         "64 input features cannot be cut into 3 equal groups: m0.weight_scale in model.safetensors is [8, 3], "
-        "expected [8, a divisor of 64]"
+        "expected [8, a divisor of 64]; groups of 16 or 32 input features would fit"
     )
 
 

@@ -90,7 +90,7 @@ def test_groups_of_unequal_length_are_refused(workbench: Any) -> None:
     stored = {"weight": torch.zeros(8, INPUTS, dtype=torch.int8), "weight_scale": torch.ones(8, 3)}
     assert AscendW8A16LinearMethod.can_serve(workbench.context([stored], scheme_class=AscendW8A16LinearMethod)) == [
         "64 input features cannot be cut into 3 equal groups: m0.weight_scale in model.safetensors is [8, 3], "
-        "expected [8, a divisor of 64]"
+        "expected [8, a divisor of 64]; groups of 16 or 32 input features would fit"
     ]
 
 

@@ -110,6 +110,8 @@ def _canonical(
     quantised = {module for quant in served.layers.values() if quant.quant_type is not None for module in quant.modules}
     for name, tensor in weights:
         last[:] = [(name, tensor)]
+        if name.partition(".")[0] in served.drafts_only:
+            continue
         served.loading.came.add(name)
         canonical = quant_format.canonical_name(name)
         if canonical is not None:

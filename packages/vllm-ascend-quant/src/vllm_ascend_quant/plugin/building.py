@@ -22,7 +22,8 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
     """
     model_config = kwargs.get("model_config") or vllm_config.model_config
     load_config = vllm_config.load_config
-    if model_config is not vllm_config.model_config:
+    draft = model_config is not vllm_config.model_config
+    if draft:
         load_config = draft_load_config(vllm_config)
         vllm_config = with_own_config(vllm_config, model_config, load_config)
     config = vllm_config.quant_config
@@ -51,7 +52,7 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
             dtype_of_the_model(model_config.dtype),
         ):
             model = original(vllm_config, prefix=prefix, **kwargs)
-        served = ServedModel.of(model, config.format, model_config, made_up)
+        served = ServedModel.of(model, config.format, model_config, made_up, draft)
         remade = decide_layers(model, served, config, prefix)
         for layer in compat.layers_read_back(model):
             if isinstance(layer.quant_method, AscendLinearMethod):

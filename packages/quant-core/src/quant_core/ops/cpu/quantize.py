@@ -90,18 +90,11 @@ def npu_dynamic_quant(
         ValueError: for one axis, or int4 codes that do not fill int32.
 
     """
-    if input.dim() < 2:
-        raise ValueError(f"npu_dynamic_quant: the input has the shape {list(input.shape)}, the device wants two axes")
-    if group_index is not None or quant_mode != "pertoken" or dst_type_max:
-        raise NotImplementedError(
-            f"npu_dynamic_quant: the CPU kernel has per-token quantisation only (quant_mode={quant_mode!r}, "
-            f"group_index given: {group_index is not None}, dst_type_max={dst_type_max})"
-        )
     target = torch.int8 if dst_type is None else dtype_of(dst_type)
-    if target in (torch.float8_e4m3fn, torch.float8_e5m2):
+    fp8_target = target in (torch.float8_e4m3fn, torch.float8_e5m2)
+    _check_dynamic("npu_dynamic_quant", input, group_index, quant_mode, dst_type_max, fp8_target or target in _MAXIMA)
+    if fp8_target:
         return fp8.per_token(input, smooth_scales, target)
-    if target not in _MAXIMA:
-        raise NotImplementedError(f"npu_dynamic_quant: the CPU kernel has no dst_type {dst_type}")
     rows, maximum = input.flatten(0, -2).contiguous(), _MAXIMA[target]
     if rows.shape[0] <= _ROWS:  # decoding, where each further call of torch counts
         codes, scales = _per_token(rows, smooth_scales, maximum)
@@ -111,6 +104,62 @@ def npu_dynamic_quant(
             codes[block], scales[block] = _per_token(rows[block], smooth_scales, maximum)
     codes = codes.view(input.shape)
     return pack_eights(codes) if target == torch.quint4x2 else codes, scales.view(input.shape[:-1])
+
+
+def npu_dynamic_quant_asymmetric(
+    input: Tensor,
+    *,
+    smooth_scales: Tensor | None = None,
+    group_index: Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token int8 or int4 with an offset: a token's smallest value becomes the lowest code, its largest the highest.
+
+    scale = (max - min) / 255 or / 15, at least 1e-12; offset = 127 or 7 - max / scale, not rounded; codes =
+    rint(x / scale + offset). So x is about (codes - offset) · scale. Arguments as npu_dynamic_quant.
+
+    Returns:
+        int8 codes [..., k], or int32 of eight int4 codes [..., k / 8], and float32 scales and offsets [...].
+
+    Raises:
+        NotImplementedError: for a mode that the CPU kernel does not have.
+        ValueError: for one axis, or int4 codes that do not fill int32.
+
+    """
+    target = torch.int8 if dst_type is None else dtype_of(dst_type)
+    known = target in _MAXIMA
+    _check_dynamic("npu_dynamic_quant_asymmetric", input, group_index, quant_mode, dst_type_max, known)
+    rows, maximum = input.flatten(0, -2), _MAXIMA[target]
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    scale, offset = (torch.empty(rows.shape[0], dtype=torch.float32) for _ in range(2))
+    for block in _blocks(rows):
+        values = rows[block].to(torch.float32)
+        if smooth_scales is not None:
+            values = values * smooth_scales.to(torch.float32)
+        low, high = torch.aminmax(values, dim=-1)
+        scale[block] = ((high - low) / (2 * maximum + 1)).clamp(min=1e-12)
+        offset[block] = maximum - high / scale[block]
+        shifted = values / scale[block, None] + offset[block, None]
+        codes[block] = saturated(shifted, -maximum - 1, maximum).to(torch.int8)
+    codes = codes.view(input.shape)
+    outer = input.shape[:-1]
+    return pack_eights(codes) if target == torch.quint4x2 else codes, scale.view(outer), offset.view(outer)
+
+
+def _check_dynamic(
+    name: str, input: Tensor, group_index: Tensor | None, quant_mode: str, dst_type_max: float, known: bool
+) -> None:
+    if input.dim() < 2:
+        raise ValueError(f"{name}: the input has the shape {list(input.shape)}, the device wants two axes")
+    if group_index is not None or quant_mode != "pertoken" or dst_type_max:
+        raise NotImplementedError(
+            f"{name}: the CPU kernel has per-token quantisation only (quant_mode={quant_mode!r}, "
+            f"group_index given: {group_index is not None}, dst_type_max={dst_type_max})"
+        )
+    if not known:
+        raise NotImplementedError(f"{name}: the CPU kernel does not have this dst_type")
 
 
 def _per_token(rows: Tensor, smooth_scales: Tensor | None, maximum: int) -> tuple[Tensor, Tensor]:

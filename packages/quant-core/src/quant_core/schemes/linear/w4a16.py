@@ -1,4 +1,4 @@
-"""W4A16: int4 weights, per output channel or per group, multiplied with activations in the model's dtype."""
+"""W4A16: int4 weights, multiplied with activations in the model's dtype."""
 
 from torch import Tensor, nn
 
@@ -15,13 +15,12 @@ _PACKED = ("910B", "910C", "950")
 class AscendW4A16LinearMethod(AscendW8A16LinearMethod):
     """y = x ((q - weight_offset) · weight_scale)ᵀ + bias.
 
-    Run time, with g groups of input features (1: per channel):
+    Run time:
         weight: int32 [in, out / 8], half a byte per value; int8 [in, out] on CPU, or where out is no multiple of 8
-        weight_scale: model dtype [g, out]
-        weight_offset: model dtype [g, out], negated, since the operator adds it
+        weight_scale, weight_offset, weight_g_idx: as W8A16
     """
 
-    granularity = ("per channel", "per group")
+    granularity = ("per channel", "per group", "per tensor")
     checked_against = {"W4A16": ("qwen3/V0_W4A16",)}
     stores = WeightForm(num_bits=4, symmetric=False)
 

@@ -14,22 +14,24 @@ _PACKED = ("910B", "910C")
 
 @register_scheme("W4A4_DYNAMIC", "linear")
 class AscendW4A4DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
-    """y = (a qᵀ) · x_scale · weight_scale + bias, a = rint(x / x_scale), x_scale = max|x| / 7 per token.
+    """y = (a (q - weight_offset)ᵀ) · x_scale · weight_scale + bias, a = rint(x / x_scale), x_scale = max|x| / 7.
 
-    Run time, with g groups of input features (1: per channel):
-        weight: int32 [in, out / 8], half a byte per value; int8 [in, out] on CPU, for several groups (whose int32 sums
-            the operator gives for int8 alone), or where in or out are no multiples of 8
-        weight_scale: float32 [out], or [g, out]
+    x_scale is of each token.
+
+    Run time, with g groups of input features (1: per channel or tensor):
+        weight: int32 [in, out / 8], half a byte per value; int8 [in, out] on CPU, for several groups or asymmetric
+            weights (whose int32 sums the operator gives for int8 alone), or where in or out are no multiples of 8
+        weight_scale, weight_offset: as W8A8_DYNAMIC
     """
 
-    granularity = ("per channel", "per group")
+    granularity = ("per channel", "per group", "per tensor")
     checked_against = {"W4A4_DYNAMIC": ("qwen3/W4A4_DYNAMIC", "qwen3/W4A4_DYNAMIC_LAOS_ONLINE")}
     stores = WeightForm(num_bits=4)
     activation = ActivationForm(num_bits=4)
     _packed: bool
 
     def _process_weight(self, layer: nn.Module, codes: Tensor) -> None:
-        whole = codes.shape[1] % 8 == 0 and self.storage.weight.strategy == "channel"
+        whole = codes.shape[1] % 8 == 0 and self.storage.weight.strategy != "group" and not self.corrects
         self._packed = whole and packed_at_run_time(self.context, _PACKED)
         process_int4_weight(layer, codes, self._packed)
 

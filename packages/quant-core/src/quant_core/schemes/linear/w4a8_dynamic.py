@@ -20,19 +20,22 @@ _MOST_INPUTS = 29576
 
 @register_scheme("W4A8_DYNAMIC", "linear")
 class AscendW4A8DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
-    """y = (a qᵀ) · x_scale · s + bias, a = rint(x / x_scale), x_scale = max|x| / 127 per token.
+    """y = (a (q - weight_offset)ᵀ) · x_scale · s + bias, a = rint(x / x_scale), x_scale = max|x| / 127 per token.
+
+    Inputs may be asymmetric, as W8A8_DYNAMIC has them.
 
     Stored beside the weight:
         scale_bias: float [out, parts], a sum of 8 q · s over equal parts of the input features, where there is one
 
-    Run time, where the operator can take it (16-bit models, out a multiple of 8, in and its groups of 256):
+    Run time, where the operator can take it (16-bit models, out a multiple of 8, in and its groups of 256, no zero
+    points):
         weight: int32 [in, out / 8], half a byte per value
         weight_scale: int64 [in / 256, out], encoded
         scale_bias: float32 [out], 8 Σ q · s of this rank's input features
     elsewhere, and on CPU, what W8A8_DYNAMIC has.
     """
 
-    granularity = ("per channel", "per group")
+    granularity = ("per channel", "per group", "per tensor")
     checked_against = {"W4A8_DYNAMIC": ("qwen3/W4A8_DYNAMIC", "qwen3/V0_W4A8_DYNAMIC_GROUP64")}
     stores = WeightForm(num_bits=4)
     activation = ActivationForm()
@@ -108,6 +111,7 @@ class AscendW4A8DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
         context = self.context
         return (
             packed_at_run_time(context, _PACKED)
+            and not self.corrects
             and context.params_dtype != torch.float32
             and context.form.has("scale_bias", default=True)  # or a reload would wait for weights of it
             and inputs % (_GROUP * groups) == 0

@@ -1,18 +1,23 @@
-"""W8A8: int8 weights per output channel, activations quantised with a scale and zero point found by calibration.
+"""W8A8: int8 weights, activations quantised with a scale and zero point found by calibration.
 
 W8A8S stores the same; its weights are sparse and of few bits, which shows in nothing but their values.
 """
 
+from dataclasses import replace
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
-from quant_core.errors import LimitError, LoadError
+from quant_core.errors import LoadError
 from quant_core.schemes.base import AscendLinearScheme
+from quant_core.schemes.context import LayerContext
 from quant_core.schemes.params import float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.run_time import drop, process_int8_weight
-from quant_core.storage import StaticStorage, tensors_of
-from quant_core.stored import ActivationForm, WeightForm
+from quant_core.schemes.static_inputs import StaticInputs
+from quant_core.storage import IntegerStorage, StaticStorage, Storage, UnfoldedStorage, tensors_of
+from quant_core.stored import ActivationForm, StoredForm, WeightForm
 
 #: What msModelSlim writes into quant_bias of some float16 models, where b / deq_scale overflows in float16.
 _OVERFLOWED = -(2**31)
@@ -23,17 +28,20 @@ _OVERFLOWED = -(2**31)
 class AscendW8A8LinearMethod(AscendLinearScheme):
     """y = (a qᵀ + quant_bias) · deq_scale, a = clamp(rint(x / input_scale + input_offset), -128, 127).
 
-    `quant_bias` holds both the zero point's correction and the layer's bias, so the bias is not added again.
+    Where the writer folded (`ActivationForm.folded`), `quant_bias` holds both the zero point's correction and the
+    layer's bias, so the bias is not added again. Otherwise deq_scale = input_scale · weight_scale, quant_bias =
+    -input_offset · Σ q of this rank's input features, and the bias is added in float.
 
     Run time, with g runs of members that share an input scale (1, where calibration saw q, k and v together; one for
     each member, where the values come later):
         weight: int8 [in, out]
-        input_scale, input_offset: float32 [g]
+        input_scale: float32 [g]
+        input_offset: float32 [g], unless the input is symmetric
         deq_scale: float32 [out], encoded int64 for float16 results
-        quant_bias: int32 [out]
+        quant_bias: int32 [out], where the writer folded or the input is not symmetric
     """
 
-    granularity = ("per channel",)
+    granularity = ("per channel", "per tensor")
     checked_against = {
         "W8A8": (
             "qwen3/W8A8",
@@ -49,7 +57,26 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
 
     stores = WeightForm()
     activation = ActivationForm(dynamic=False, strategy="tensor", symmetric=False, folded=True)
-    storage_class = StaticStorage
+    strategies = ("channel", "tensor")
+    inputs: StaticInputs
+
+    @classmethod
+    def create(cls, context: LayerContext) -> Self:
+        """Whether the bias is folded is stated of the layer."""
+        scheme = super().create(context)
+        scheme.inputs = StaticInputs(scheme.context)
+        scheme.folds_bias = _folded(scheme.context.form)  # type: ignore[misc]
+        return scheme
+
+    @classmethod
+    def takes_input(cls, form: ActivationForm) -> bool:
+        """Folded or not, symmetric or not."""
+        return replace(form, symmetric=False, folded=True) == cls.activation
+
+    @classmethod
+    def storage_of(cls, form: StoredForm) -> Storage:
+        """By whether the writer folded."""
+        return (StaticStorage if _folded(form) else UnfoldedStorage)(form, cls.stores)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Transpose the weight, merge equal input scales, encode the output scale, keep the bias on one rank.
@@ -58,13 +85,12 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
             LoadError: for a quant_bias that the tool overflowed and that cannot be computed again.
 
         """
-        replace_parameter(layer, "quant_bias", self._quant_bias(layer))
+        if self.folds_bias:
+            replace_parameter(layer, "quant_bias", self._quant_bias(layer))
+        else:
+            self._fold(layer)
         process_int8_weight(layer, layer.get_parameter("weight").data)
-        scales = float_values(layer.get_parameter("input_scale").data)
-        offsets = layer.get_parameter("input_offset").data.to(torch.float32)
-        firsts = self._first_members(scales, offsets)
-        replace_parameter(layer, "input_scale", scales[firsts])
-        replace_parameter(layer, "input_offset", offsets[firsts])
+        self.inputs.merge(layer)
         deq_scale = float_values(layer.get_parameter("deq_scale").data)
         if self.context.params_dtype == torch.float16:
             deq_scale = torch.ops.npu.npu_trans_quant_param(deq_scale)
@@ -74,29 +100,44 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, tp_rank: int = 0) -> Tensor:
         """Two operators: quantise, multiply; once per distinct input scale."""
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        scale, offset = tensor_of(layer, "input_scale"), tensor_of(layer, "input_offset")
         weight, deq_scale = tensor_of(layer, "weight"), tensor_of(layer, "deq_scale")
-        bias = tensor_of(layer, "quant_bias")
-        if len(self._runs) == 1:  # the usual case, for which slices would take longer than all the rest
-            codes = torch.ops.npu.npu_quantize(rows, scale, offset, torch.qint8, -1, True)
-            y: Tensor = torch.ops.npu.npu_quant_matmul(codes, weight, deq_scale, bias=bias, output_dtype=x.dtype)
-        else:
-            parts = []
-            for g, (start, stop) in enumerate(self._runs):
-                codes = torch.ops.npu.npu_quantize(rows, scale[g : g + 1], offset[g : g + 1], torch.qint8, -1, True)
-                part, part_scale, part_bias = weight[:, start:stop], deq_scale[start:stop], bias[start:stop]
-                parts.append(
-                    torch.ops.npu.npu_quant_matmul(codes, part, part_scale, bias=part_bias, output_dtype=x.dtype)
-                )
-            y = torch.cat(parts, dim=-1)
+        inside: Tensor | None = getattr(layer, "quant_bias", None)
+        after = None if self.folds_bias else bias
+        if inside is None and x.dtype != torch.float16:  # whose results the operator scales before a float bias
+            inside, after = after, None
+
+        def multiply(codes: Tensor, own: slice | None) -> Tensor:
+            part, scale, added = weight, deq_scale, inside
+            if own is not None:
+                part, scale, added = weight[:, own], deq_scale[own], None if inside is None else inside[own]
+            y: Tensor = torch.ops.npu.npu_quant_matmul(codes, part, scale, bias=added, output_dtype=x.dtype)
+            return y
+
+        y = self.inputs.product(layer, rows, multiply)
+        y = y if after is None else y + after.to(y.dtype)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     def dequantize(self, layer: nn.Module) -> Tensor:
-        """Weight times deq_scale / input_scale, of which each member may have its own."""
+        """Folded, weight times deq_scale / input_scale, of which each member may have its own."""
         stored = dict(tensors_of(layer))
         if len(stored["input_scale"]) > 1:
-            stored["input_scale"] = self._per_row(stored["input_scale"])
+            stored["input_scale"] = self.inputs.of_rows(stored["input_scale"])
         return self.storage.dequantize(stored)
+
+    def _fold(self, layer: nn.Module) -> None:
+        """`deq_scale` and `quant_bias`, by exact integers; what the weight alone is multiplied with goes."""
+        assert isinstance(self.storage, IntegerStorage)
+        stored = tensors_of(layer)
+        codes, scale = self.storage.codes(stored), self.storage.scale(stored).flatten()
+        replace_parameter(layer, "weight", codes)
+        replace_parameter(layer, "deq_scale", self.inputs.of_rows(float_values(stored["input_scale"])) * scale)
+        if "input_offset" not in stored:
+            return
+        if self.context.form.input is not None and self.context.form.input.symmetric:
+            drop(layer, "input_offset")  # checked to be zero
+            return
+        offset = self.inputs.of_rows(stored["input_offset"].to(torch.int32))
+        replace_parameter(layer, "quant_bias", -offset * codes.sum(dim=1, dtype=torch.int32))
 
     def _quant_bias(self, layer: nn.Module) -> Tensor:
         """`quant_bias` as this rank adds it: a row-parallel layer's belongs to the sum over all ranks, once."""
@@ -117,8 +158,10 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
             )
         # quant_bias = rint(b / deq_scale - input_offset · Σ q) (docs/formats/modelslim.md, 4.1); of the sum over all
         # input features, each rank of a row-parallel layer adds its own part.
-        offsets = self._per_row(layer.get_parameter("input_offset").data.to(torch.float64))
-        value = -offsets * layer.get_parameter("weight").data.sum(dim=1, dtype=torch.int64)
+        offsets = getattr(layer, "input_offset", torch.zeros_like(layer.get_parameter("input_scale")))
+        value = -self.inputs.of_rows(offsets.data.to(torch.float64)) * layer.get_parameter("weight").data.sum(
+            dim=1, dtype=torch.int64
+        )
         if not elsewhere:
             value += bias.data.to(torch.float64) / float_values(layer.get_parameter("deq_scale").data)
         return torch.where(lost, value.round().to(torch.int32), kept)
@@ -128,33 +171,7 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         parts = rows.split([shard.local_output_size for shard in self.context.shards])
         return [shard.name for shard, part in zip(self.context.shards, parts, strict=True) if bool(part.any())]
 
-    def _per_row(self, members: Tensor) -> Tensor:
-        """One value per member as one per output feature of this rank."""
-        counts = [shard.local_output_size for shard in self.context.shards]
-        return members.repeat_interleave(torch.tensor(counts, device=members.device))
 
-    def _first_members(self, scales: Tensor, offsets: Tensor) -> list[int]:
-        """The first member of each run that shares scale and offset; remembers the rows of the runs.
-
-        Made-up scales say nothing about the real ones: each member is a run of its own then.
-
-        Raises:
-            LimitError: if a reload would change the runs, which compiled code has baked in.
-
-        """
-        pairs = torch.stack([scales, offsets], dim=1)
-        differ = (pairs[1:] != pairs[:-1]).any(dim=1) | self.context.values_later
-        firsts = [0, *(differ.nonzero().flatten() + 1).tolist()]
-        ends = [0]
-        for shard in self.context.shards:
-            ends.append(ends[-1] + shard.local_output_size)
-        runs = tuple((ends[a], ends[b]) for a, b in zip(firsts, [*firsts[1:], len(self.context.shards)], strict=True))
-        if getattr(self, "_runs", runs) != runs:
-            raise LimitError(
-                f"{self.context.name}: the reloaded weights share their input scales among other members than before",
-                found=f"rows {runs}",
-                expected=f"rows {self._runs}",
-                todo="start the engine anew with these weights",
-            )
-        self._runs: tuple[tuple[int, int], ...] = runs
-        return firsts
+def _folded(form: StoredForm) -> bool:
+    """Whether the writer folded scales and bias; the usual form where nothing is stated."""
+    return form.input is None or form.input.folded

@@ -1,4 +1,4 @@
-"""W8A16 experts: int8 weights, per output channel or per group, multiplied with activations in the model's dtype."""
+"""W8A16 experts: int8 weights, multiplied with activations in the model's dtype."""
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from quant_core.schemes.routing import Rows
 class AscendW8A16MoEMethod(AscendMoEScheme):
     """Each product as in a linear layer of this type.
 
-    Run time, of E experts on this rank, with g groups of input features (1: per channel):
+    Run time, of E experts on this rank, with g groups of input features (1: per channel or tensor):
         w13_weight, w2_weight: int8 [E, in, out]
         w13_weight_scale, w2_weight_scale: model dtype [E, g, out]
         w13_weight_offset, w2_weight_offset: model dtype [E, g, out], negated, since the operator adds them
     """
 
-    granularity = ("per channel", "per group")
+    granularity = ("per channel", "per group", "per tensor")
     linear = AscendW8A16LinearMethod
 
     def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:

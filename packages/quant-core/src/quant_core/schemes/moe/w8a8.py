@@ -19,12 +19,14 @@ class AscendW8A8MoEMethod(AscendMoEScheme):
 
     Run time, of E experts on this rank:
         w13_weight, w2_weight: int8 [E, in, out]
-        w13_input_scale, w13_input_offset, w2_input_scale, w2_input_offset: float32 [E]
+        w13_input_scale, w2_input_scale: float32 [E]
         w13_deq_scale, w2_deq_scale: float32 [E, out], encoded int64 for float16 results
+    and, as in a linear layer of this type, not where the input is symmetric:
+        w13_input_offset, w2_input_offset: float32 [E]
         w13_quant_bias, w2_quant_bias: int32 [E, out]
     """
 
-    granularity = ("per channel",)
+    granularity = ("per channel", "per tensor")
     linear = AscendW8A8LinearMethod
     before_routing = False
 
@@ -45,16 +47,19 @@ class AscendW8A8MoEMethod(AscendMoEScheme):
                 todo="quantise them with common activations, or as W8A8_DYNAMIC",
             )
         for name in ("input_scale", "input_offset"):
-            replace_parameter(module, name, tensor_of(module, name)[0])
+            if hasattr(module, name):
+                replace_parameter(module, name, tensor_of(module, name)[0])
 
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """Rows with the scale and zero point of their expert; what lies behind the last expert's takes that one's."""
         assert counts is not None
         places = torch.arange(len(x), device=x.device)
         experts = torch.searchsorted(counts.cumsum(0), places, right=True).clamp(max=len(counts) - 1)
-        scale, offset = (tensor_of(layer, f"{half}{name}")[experts] for name in ("input_scale", "input_offset"))
-        return torch.ops.npu.npu_quantize(x, scale, offset, torch.qint8, 0, True), None
+        scale, offset = tensor_of(layer, f"{half}input_scale")[experts], getattr(layer, f"{half}input_offset", None)
+        zero_point = None if offset is None else offset[experts]
+        return torch.ops.npu.npu_quantize(x, scale, zero_point, torch.qint8, 0, True), None
 
     def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:
         """One operator."""
-        return grouped(layer, half, rows, scale="deq_scale", bias="quant_bias", output_dtype=dtype)
+        bias = "quant_bias" if hasattr(layer, f"{half}quant_bias") else None
+        return grouped(layer, half, rows, scale="deq_scale", bias=bias, output_dtype=dtype)
