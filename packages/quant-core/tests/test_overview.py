@@ -11,6 +11,9 @@ from quant_core.overview import table
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata") / "checkpoints" / "msmodelslim"
 
+#: Checkpoints of that tool have no description that names the types of modules: their format's package looks at them.
+ELSEWHERE = "llmcompressor/"
+
 
 def test_the_readme_has_the_table_of_today() -> None:
     """`python -m quant_core.overview` prints what must stand there."""
@@ -25,6 +28,8 @@ def test_the_checkpoints_are_of_the_type() -> None:
     looked_at = 0
     for (quant_type, _), scheme_class in list_schemes().items():
         for name in scheme_class.checked_against.get(quant_type, ()):
+            if name.startswith(ELSEWHERE):
+                continue
             files = list((DATA / name).glob("quant_model_description*.json"))
             assert files or "ASCEND_QUANT_TEST_DATA" not in os.environ, f"{quant_type}: there is no {name}"
             for file in files:

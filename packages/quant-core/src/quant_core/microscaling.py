@@ -30,6 +30,26 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TIES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 
 
+def nearest_e4m3(values: Tensor) -> Tensor:
+    """The nearest E4M3 values of float32 ones, ties to even; what lies beyond 448 saturates, NaN stays.
+
+    By arithmetic, because not every NPU can cast to FP8.
+    """
+    return _nearest(values, 3, -6, E4M3_MAX)
+
+
+def nearest_e2m1(values: Tensor) -> Tensor:
+    """The nearest E2M1 values of float32 ones, ties to even; what lies beyond 6 saturates, NaN stays."""
+    return _nearest(values, 1, 0, E2M1_MAX)
+
+
+def _nearest(values: Tensor, mantissa: int, lowest: int, largest: float) -> Tensor:
+    """Values with so many bits of mantissa, whose smallest normal one is 2^lowest."""
+    biased = ((_bits(values) >> 23) & 255).clamp_(min=lowest + 127)
+    steps = ((biased - mantissa) << 23).view(torch.float32)
+    return ((values / steps).round_() * steps).clamp_(-largest, largest)
+
+
 def e2m1_codes(values: Tensor, ties_away: bool = False) -> Tensor:
     """The nearest E2M1 codes.
 

@@ -181,6 +181,10 @@ class StoredForm:
         """The stored shape, or `default` for a tensor that is not there."""
         return self.tensors[suffix].shape if suffix in self.tensors else default
 
+    def single(self, suffix: str) -> tuple[int, ...]:
+        """The shape of a tensor that holds one value: () where the header has it so, as older writers do, else [1]."""
+        return () if self.shape(suffix, (1,)) == () else (1,)
+
     def dtype(self, suffix: str, default: torch.dtype) -> torch.dtype:
         """The stored dtype, or `default` for a tensor that is not there."""
         return self.tensors[suffix].dtype if suffix in self.tensors else default

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from float_modules import EXPERT_MODULES, SUMMED
 from integer_modules import unfolded
 from linear_cases import w4a4_dynamic, w4a8_dynamic, w4a16, w8a8, w8a8_dynamic, w8a8_mix, w8a16
 from mx_modules import mxfp4, mxfp8, wfp8afp8
@@ -58,6 +59,7 @@ MAKE: dict[str, Callable[[int, int], Stored]] = {
     "W4A8_MXFP": mxfp4,
     "W4A4_MXFP4": mxfp4,
     "WFP8AFP8_DYNAMIC": wfp8afp8,
+    **EXPERT_MODULES,
 }
 
 
@@ -269,7 +271,7 @@ def test_ranks_of_expert_parallelism_add_up(workbench: Any, kind: str) -> None:
         assert close(total, expected)
 
 
-@pytest.mark.parametrize("kind", ["W8A8", "W8A16 groups", "W4A16", "W8A8_DYNAMIC"])
+@pytest.mark.parametrize("kind", ["W8A8", "W8A16 groups", "W4A16", "W8A8_DYNAMIC", *SUMMED])
 def test_ranks_of_tensor_parallelism_add_up(workbench: Any, kind: str) -> None:
     experts, routed = Experts.make(kind), routing()
     seen: list[Tensor] = []
@@ -388,11 +390,12 @@ def test_packed_weights_take_the_place_of_plain_ones(workbench: Any) -> None:
     assert not torch.equal(scheme.apply(layer, *routed), expected)
 
 
-def test_gate_and_up_with_scales_of_their_own_are_refused(workbench: Any) -> None:
-    experts = Experts.make("W8A8")
-    gate, up = experts.modules[GATE_UP][2]
-    experts.modules[GATE_UP][2] = gate, {**up, "input_scale": up["input_scale"] * 2}
-    with pytest.raises(LimitError, match=r"experts\.2\.gate_proj\.input_scale and experts\.2\.up_proj\.input_scale"):
+@pytest.mark.parametrize(("kind", "name"), [("W8A8", "input_scale"), ("WFP8AFP8", "input_scale")])
+def test_gate_and_up_with_scales_of_their_own_are_refused(workbench: Any, kind: str, name: str) -> None:
+    experts = Experts.make(kind)
+    up = experts.modules[GATE_UP][2][1]
+    up[name] = up[name] * 2
+    with pytest.raises(LimitError, match=rf"experts\.2\.gate_proj\.{name} and experts\.2\.up_proj\.{name}"):
         serve(workbench, experts)
 
 

@@ -245,3 +245,44 @@ def test_a_parameter_is_replaced_without_gradient() -> None:
         assert not layer.get_parameter("weight").requires_grad
         assert tensor_of(layer, "weight") is layer.get_parameter("weight")
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
+
+
+def block_scale(output: int, inputs: int, rows: int = 128, columns: int = 128) -> Param:
+    """The scales of blocks, the last of which may be partial in both directions."""
+    shape = (-(-output // rows), -(-inputs // columns))
+    return Param(shape, torch.float32, 0, 1, output_step=rows, input_step=columns, per_row=True)
+
+
+@pytest.mark.parametrize("kind", ["replicated", "row"])
+def test_members_start_a_block_each(kind: str) -> None:
+    """Whatever lies before them: 64, 192 and 300 rows have one, two and three blocks of 128."""
+    outputs = (64, 192, 300)
+    layout = layout_of("weight_scale", [block_scale(o, 512) for o in outputs], context(outputs, 512, kind, 0, 2))
+    assert (layout.shape, layout.offsets) == ((6, 2 if kind == "row" else 4), (0, 1, 3, 6))
+
+
+def test_blocks_are_cut_between_two_of_them() -> None:
+    outputs = (512, 256)
+    layout = layout_of("weight_scale", [block_scale(o, 300) for o in outputs], context(outputs, 300, "column", 1, 2))
+    assert (layout.shape, layout.offsets) == ((3, 3), (0, 2, 3))
+    stored = torch.arange(12.0).view(4, 3)
+    assert torch.equal(layout.cut(stored, 0, 1, 0), stored[2:])
+
+
+def test_a_cut_through_a_block_names_what_would_fit() -> None:
+    """Of rows, even if all of a rank's lie in one block; of columns, partial last blocks cannot be cut at all."""
+    message = refused({"weight_scale": [block_scale(512, 512)]}, context((512,), 512, "column", 0, 8))
+    assert "found: 64 of 512 output features of m0 on this rank" in message
+    assert "equal parts that are multiples of 128" in message
+    assert "use tensor_parallel_size 4 (2, 1 would fit as well)" in message
+    message = refused({"weight_scale": [block_scale(300, 512)]}, context((300,), 512, "column", 0, 2))
+    assert "use tensor_parallel_size 1" in message
+    message = refused({"weight_scale": [block_scale(300, 320)]}, context((300,), 320, "row", 0, 2))
+    assert "found: 320 input features" in message
+    assert "use tensor_parallel_size 1" in message
+
+
+def test_a_packed_value_is_never_partial() -> None:
+    """No index holds the seventh row of seven."""
+    weight = Param((3, 8), torch.uint8, output_dim=0, input_dim=1, output_step=2)
+    assert "no tensor_parallel_size cuts this layer" in refused({"weight": [weight]}, context((7,), 8))

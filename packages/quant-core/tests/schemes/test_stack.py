@@ -8,7 +8,7 @@ import torch
 from linear_cases import flatquant, w4a8_dynamic, w8a8, w8a8_dynamic, w8a16
 from torch import Tensor, nn
 
-from quant_core import LinearContext, LoadError, Partition, Shard
+from quant_core import LinearContext, LoadError, Param, Partition, Shard
 from quant_core.schemes.filling import Filling
 from quant_core.schemes.handover import check_shared, hand_over
 from quant_core.schemes.layouts import layouts_of
@@ -85,6 +85,44 @@ def test_it_holds_what_each_layer_by_itself_holds(workbench: Any, kind: str, par
         assert dict(stacked.named_parameters()).keys() == dict(alone.named_parameters()).keys()
         for name, value in alone.named_parameters():
             assert torch.equal(stacked.get_parameter(name)[index], value), name
+
+
+@pytest.mark.parametrize("partition", [Partition(), Partition("column", 1, 2)])
+def test_what_holds_for_several_rows_is_handed_over_for_each(partition: Partition) -> None:
+    """Values of whole members, and blocks of 4 rows, of which the last one of a member may be partial."""
+    sizes, cut = (8, 16) if partition.size == 2 else (6, 9), partition.size
+    names = tuple(tuple(f"experts.{i}.{member}" for member in MEMBERS) for i in range(DEPTH))
+    shards = tuple(Shard(name, size, size // cut) for name, size in zip(names[0], sizes, strict=True))
+    for depth in (DEPTH, 0):
+        context = LinearContext(
+            name="experts",
+            shards=shards,
+            input_size=INPUTS,
+            params_dtype=torch.float32,
+            partition=partition,
+            stack=names[:depth],
+        )
+        declared = {
+            "one": [Param((), torch.float32, per_row=True) for _ in sizes],
+            "blocks": [Param((-(-s // 4), 3), torch.float32, output_dim=0, output_step=4, per_row=True) for s in sizes],
+        }
+        layouts, holder = layouts_of(declared, context), nn.Module()
+        for name, layout in layouts.items():
+            replace_parameter(holder, name, torch.rand(layout.shape))
+        held = {
+            name: param.data.view(depth or 1, *param.shape[depth > 0 :]) for name, param in holder.named_parameters()
+        }
+        hand_over(holder, layouts.values(), [])
+        for index in range(depth or 1):
+            start, first = 0, 0
+            for member, shard in enumerate(shards):
+                for row in range(shard.local_output_size):
+                    found = {
+                        name: param.data[index] if depth else param.data for name, param in holder.named_parameters()
+                    }
+                    assert torch.equal(found["one"][start + row], held["one"][index, member][None])
+                    assert torch.equal(found["blocks"][start + row], held["blocks"][index, first + row // 4])
+                start, first = start + shard.local_output_size, first + -(-shard.local_output_size // 4)
 
 
 def test_a_wrong_module_of_the_stack_is_named(workbench: Any) -> None:

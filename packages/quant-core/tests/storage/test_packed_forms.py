@@ -33,7 +33,13 @@ TYPES = {
 
 
 def test_these_are_all_int4_types() -> None:
-    assert sorted(TYPES) == ["W4A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC", "W4A8_DYNAMIC"]
+    assert sorted(TYPES) == [
+        "W4A16",
+        "W4A4_DYNAMIC",
+        "W4A4_FLATQUANT_DYNAMIC",
+        "W4A8_DYNAMIC",
+        "W4AFP8_DYNAMIC",
+    ]
 
 
 def module(scheme_class: type[AscendLinearScheme], codes: Tensor, packing: Packing | None, groups: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from bits import pack_eights
-from stating import Module
+from stating import Stated
 from torch import Tensor
 
 from quant_core import ActivationForm, Packing, WeightForm
@@ -42,7 +42,7 @@ def integers(
     scalar: bool = False,
     indexed: bool = False,
     tokens: ActivationForm | None = None,
-) -> Module:
+) -> Stated:
     """A module with a random weight.
 
     Args:
@@ -82,7 +82,7 @@ def integers(
         offset_packing=Packing(0, values=count, signed=False) if packed and asymmetric else None,
         indexed=indexed,
     )
-    return Module(stored, weight, tokens)
+    return Stated(stored, weight, tokens)
 
 
 def unfolded(
@@ -94,7 +94,7 @@ def unfolded(
     scalar: bool = False,
     input_scale: float = 0.02,
     input_offset: int = -7,
-) -> Module:
+) -> Stated:
     """A module with int8 weights whose input has a stored scale, and a zero point if it is asymmetric."""
     tokens = ASYMMETRIC_STATIC if asymmetric else STATIC
     module = integers(out, inputs, strategy=strategy, model=model, scalar=scalar, tokens=tokens)
@@ -105,7 +105,7 @@ def unfolded(
     return module
 
 
-def exact_weight(module: Module) -> tuple[Tensor, Tensor, Tensor]:
+def exact_weight(module: Stated) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, and the zero point and scale of each input feature, float64 [out, in], by the definitions."""
     stated, weight = module.weight, module["weight"]
     codes = _unpacked(weight, stated.num_bits) if stated.packing else weight

@@ -1,15 +1,14 @@
 """Stored modules of every linear type in every form, as checkpoints have them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from bits import pack_pairs
+from case import Case, Stored
+from float_cases import FLOAT_CASES
 from integer_modules import ASYMMETRIC_TOKENS, TOKENS, integers, unfolded
 from mx_modules import dual_scale, mxfp4, mxfp4_flatquant, mxfp8, wfp8afp8
 from torch import Tensor
 
-from quant_core import ActivationForm, AscendLinearScheme
+from quant_core import ActivationForm
 from quant_core.schemes.linear.w4a4_dynamic import AscendW4A4DynamicLinearMethod
 from quant_core.schemes.linear.w4a4_flatquant_dynamic import AscendW4A4FlatQuantDynamicLinearMethod, get_decompose_dim
 from quant_core.schemes.linear.w4a4_mxfp4 import AscendW4A4MXFP4LinearMethod
@@ -24,8 +23,6 @@ from quant_core.schemes.linear.w8a8_mix import AscendW8A8MixLinearMethod
 from quant_core.schemes.linear.w8a8_mxfp8 import AscendW8A8MXFP8LinearMethod
 from quant_core.schemes.linear.w8a16 import AscendW8A16LinearMethod
 from quant_core.schemes.linear.wfp8afp8_dynamic import AscendW8A8FP8DynamicLinearMethod
-
-Stored = dict[str, Tensor]
 
 
 def int8(*shape: int) -> Tensor:
@@ -151,30 +148,6 @@ def flatquant(out: int, inputs: int, clip_ratio: float | None = None, right: boo
     return stored | ({"right_trans": matrices[1]} if right else {})
 
 
-@dataclass(frozen=True)
-class Case:
-    """A scheme, a form of its stored tensors, and a model dtype.
-
-    Attributes:
-        distinct_scales: members of a fused layer have input scales of their own.
-        device: whose run-time form the weight takes.
-        error: how far outputs may be from those of the dequantised weight, relative to their norm.
-
-    """
-
-    scheme: type[AscendLinearScheme]
-    make: Callable[..., Stored]
-    dtype: torch.dtype = torch.float32
-    distinct_scales: bool = False
-    device: str = "cpu"
-    error: float = 0.02
-
-    def members(self, sizes: tuple[int, ...], inputs: int) -> list[Stored]:
-        """Stored modules of these output sizes."""
-        options = [{"input_scale": 0.02 + 0.01 * i} if self.distinct_scales else {} for i in range(len(sizes))]
-        return [self.make(size, inputs, **more) for size, more in zip(sizes, options, strict=True)]
-
-
 BF16, F16 = torch.bfloat16, torch.float16
 Static, Dynamic, WeightOnly = AscendW8A8LinearMethod, AscendW8A8DynamicLinearMethod, AscendW8A16LinearMethod
 Int4WeightOnly, Int4Dynamic, Mixed = (
@@ -294,4 +267,5 @@ CASES = {
     "W4A4_MXFP4_FLATQUANT left only": Case(
         FlatQuantMX, lambda *a: mxfp4_flatquant(*a, flatquant(*a, right=False)), BF16, error=0.2
     ),
+    **FLOAT_CASES,
 }

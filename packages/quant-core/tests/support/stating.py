@@ -10,23 +10,25 @@ from quant_core.schemes.additions import ADDITIONS
 from quant_core.schemes.linear.w4a16 import AscendW4A16LinearMethod
 
 
-class Module(dict[str, Tensor]):
+class Stated(dict[str, Tensor]):
     """The stored tensors of a module, with what its format states.
 
     Attributes:
-        weight: how the weight is stored.
+        weight: how the weight is stored; None for the type's usual form.
         input: how the layer's input is quantised.
 
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], weight: WeightForm, tokens: ActivationForm | None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], weight: WeightForm | None = None, tokens: ActivationForm | None = None
+    ) -> None:
         super().__init__(tensors)
         self.weight = weight
         self.input = tokens
 
-    def changed(self, **tensors: Tensor) -> "Module":
+    def changed(self, **tensors: Tensor) -> "Stated":
         """The same with other tensors."""
-        return Module({**self, **tensors}, self.weight, self.input)
+        return Stated({**self, **tensors}, self.weight, self.input)
 
 
 def form(
@@ -35,9 +37,9 @@ def form(
     """A module of a scheme, or of no scheme in particular; some packings are told by the input features only."""
     file = "model.safetensors"
     tensors = {s: StoredTensor(f"{module}.{s}", tuple(t.shape), t.dtype, file) for s, t in member.items()}
-    if isinstance(member, Module):
-        return StoredForm(module, tensors, member.weight, member.input)
     usual = scheme_class.stores if scheme_class else None
+    if isinstance(member, Stated):
+        return StoredForm(module, tensors, member.weight or usual, member.input)
     names = tuple(a.name for a in ADDITIONS if any(suffix in member for suffix in a.suffixes))
     weight = usual and (_float(usual, member) if usual.type == "float" else _integer(usual, member, inputs))
     if weight and weight.num_bits == 4 and scheme_class is AscendW4A16LinearMethod and weight.strategy == "channel":

@@ -44,7 +44,7 @@ from quant_core.errors import RegistrationError
 from quant_core.schemes.context import AttentionContext, LayerContext, LinearContext
 from quant_core.schemes.hooks import call_hook
 from quant_core.schemes.params import Param
-from quant_core.storage import FP8Storage, IntegerStorage, MicroscaledStorage, Storage, tensors_of
+from quant_core.storage import FP8Storage, IntegerStorage, MicroscaledStorage, NVFP4Storage, Storage, tensors_of
 from quant_core.stored import ActivationForm, StoredForm, WeightForm
 
 _HOOKS = frozenset({"get_weight", "get_pertensor_param", "get_perchannel_param", "get_pergroup_param", "params"})
@@ -141,8 +141,8 @@ class AscendLinearScheme(Scheme):
             return cls.storage_class(form, cls.stores)
         if stated.type == "int":
             return IntegerStorage(form, cls.stores)
-        kind = MicroscaledStorage if stated.scale_dtype is not None else FP8Storage
-        return kind(form, cls.stores)
+        kinds = {None: FP8Storage, torch.uint8: MicroscaledStorage}
+        return kinds.get(stated.scale_dtype, NVFP4Storage)(form, cls.stores)
 
     @classmethod
     def takes_input(cls, form: ActivationForm) -> bool:

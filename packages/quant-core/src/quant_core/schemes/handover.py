@@ -42,8 +42,8 @@ def check_shared(context: LinearContext, name: str, copies: torch.Tensor) -> Non
 def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[ParamLayout], prefix: str = "") -> None:
     """Give `layer` the tensors that its scheme expects.
 
-    That is one of each shared parameter, one entry per output feature of what holds for a whole module (`per_row`), and
-    zeros for what the files lack.
+    That is one of each shared parameter, one entry per output feature of what holds for several (`per_row`), and zeros
+    for what the files lack.
 
     Zeros are no parameters: an engine's reload would wait for weights of them. `prefix` stands before names on `layer`.
     """
@@ -65,6 +65,17 @@ def hand_over(layer: nn.Module, stored: Iterable[ParamLayout], absent: Iterable[
 
 
 def _per_row(values: torch.Tensor, layout: ParamLayout) -> torch.Tensor:
-    """One value of each member, [members] or [layers, members], as one of each output feature: [..., out, 1]."""
-    rows = torch.tensor(layout.rows, device=values.device)
-    return values.repeat_interleave(rows, dim=-1, output_size=sum(layout.rows)).unsqueeze(-1)
+    """What is stored for several output features, once for each: [out, ...], of a stack [layers, out, ...]."""
+    axis = 0 if layout.depth is None else 1
+    if layout.param.output_dim is None:  # one value of each member
+        values = values.unsqueeze(-1)
+    repeats = [count for member, rows in enumerate(layout.rows) for count in _rows_of_each(layout, member, rows)]
+    counts = torch.tensor(repeats, device=values.device)
+    return values.repeat_interleave(counts, dim=axis, output_size=sum(layout.rows))
+
+
+def _rows_of_each(layout: ParamLayout, member: int, rows: int) -> list[int]:
+    """How many of a member's output features each of its indices stands for; the last one may have fewer."""
+    step = rows if layout.param.output_dim is None else layout.param.output_step
+    where = layout.member(member)
+    return [min(step, rows - index * step) for index in range(where.stop - where.start)]

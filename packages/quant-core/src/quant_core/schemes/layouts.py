@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from quant_core.errors import LimitError, listing
-from quant_core.schemes.context import LinearContext
+from quant_core.schemes.context import LinearContext, Shard
 from quant_core.schemes.params import Param
 
 
@@ -104,7 +104,7 @@ def _layout(
 ) -> ParamLayout:
     first, partition = members[0], context.partition
     parts = partition.input_parts
-    uncut = [s for m, s in zip(members, context.shards, strict=True) if s.local_output_size % m.output_step]
+    uncut = [s for m, s in zip(members, context.shards, strict=True) if _goes_through(m, s)]
     if not _divides(first, parts, context.input_size):
         raise _indivisible(name, f"{context.input_size} input features", first.input_step, context, every)
     if first.output_dim is not None and uncut:
@@ -123,11 +123,22 @@ def _layout(
         sizes = [shape[0]] * len(members)
     else:
         axis = first.output_dim
-        sizes = [s.local_output_size // m.output_step for m, s in zip(members, context.shards, strict=True)]
+        sizes = [-(-s.local_output_size // m.output_step) for m, s in zip(members, context.shards, strict=True)]
     offsets = [0, *itertools.accumulate(sizes)]
     shape[axis] = offsets[-1]
     rows = tuple(shard.local_output_size for shard in context.shards)
     return ParamLayout(name, tuple(members), (*stacked, *shape), axis, tuple(offsets), parts, depth, rows)
+
+
+def _goes_through(param: Param, shard: Shard) -> bool:
+    """Whether this rank's output features end within an index, other than where those of the whole member do."""
+    whole = shard.local_output_size == shard.output_size and _holds(param, shard)
+    return not whole and shard.local_output_size % param.output_step > 0
+
+
+def _holds(param: Param, shard: Shard) -> bool:
+    """Whether there is an index for every output feature of a member: the last one may stand for fewer."""
+    return param.output_dim is not None and param.shape[param.output_dim] * param.output_step >= shard.output_size
 
 
 def _divides(param: Param, parts: int, input_size: int) -> bool:
@@ -158,5 +169,7 @@ def _works(size: int, context: LinearContext, every: Sequence[Sequence[Param]]) 
     output_parts = size if partition.kind == "column" else 1
     pairs = [pair for members in every for pair in zip(members, context.shards, strict=True)]
     return all(_divides(m, partition.input_parts, context.input_size) for m, _ in pairs) and all(
-        s.output_size % (output_parts * m.output_step) == 0 for m, s in pairs if m.output_dim is not None
+        s.output_size % (output_parts * m.output_step) == 0 or (output_parts == 1 and _holds(m, s))
+        for m, s in pairs
+        if m.output_dim is not None
     )

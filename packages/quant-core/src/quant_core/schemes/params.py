@@ -22,12 +22,14 @@ class Param:
         dtype: the stored dtype.
         output_dim: axis that follows the output features, if any.
         input_dim: axis that follows the input features, if any.
-        output_step: output features per index of `output_dim` (2 for int4 pairs).
+        output_step: output features per index of `output_dim` (2 for int4 pairs). The last one may stand for fewer if
+            the shape has an index for these, as scales of blocks have.
         input_step: input features per index of `input_dim` (the group size for a group's scale).
         shared: all members of a fused layer store the same tensor, and the scheme is handed one of them. Without it, a
             parameter that has no `output_dim` has one entry per member, concatenated on axis 0.
-        per_row: one stored value holds for all output features of the module, and the scheme is handed it once for each
-            of them, [out, 1], as if it were stored per channel.
+        per_row: what is stored once for several output features is handed to the scheme once for each of them, as if it
+            were stored so: of `output_dim` 0 an index for each `output_step` of them, [out, ...]; without one a single
+            value, () or [1], for all of the module, [out, 1].
         check: judges loaded values; not asked for dummy weights.
         dummy: the value that `load_format="dummy"` fills in, where a random one would make no sense.
         plain: declared by a tensor (hooks.py): the files may hold another floating dtype, which is converted, or no
@@ -104,9 +106,15 @@ def finite(stored: torch.Tensor) -> str | None:
     return _described(stored, ~torch.isfinite(stored), "finite")
 
 
+def not_negative(stored: torch.Tensor) -> str | None:
+    """ValueCheck of a scale of eight bits, which may be so small that it became zero: finite and not below it."""
+    values = stored.cpu().to(torch.float32)  # not every NPU can cast FP8
+    return _described(values, ~(torch.isfinite(values) & (values >= 0)), "finite and at least zero")
+
+
 def no_nan(stored: torch.Tensor) -> str | None:
     """ValueCheck of FP8 codes: no NaN."""
-    bad = int(stored.to(torch.float32).isnan().sum())
+    bad = int(stored.cpu().to(torch.float32).isnan().sum())
     return f"{bad} of {stored.numel()} values are NaN" if bad else None
 
 

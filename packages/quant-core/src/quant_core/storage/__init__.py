@@ -8,12 +8,14 @@ from quant_core.storage.base import Storage, tensors_of
 from quant_core.storage.fp8 import FP8Storage
 from quant_core.storage.integer import IntegerStorage
 from quant_core.storage.microscaled import MicroscaledStorage
+from quant_core.storage.nvfp4 import NVFP4Storage
 from quant_core.storage.static import StaticStorage, UnfoldedStorage
 
 __all__ = [
     "FP8Storage",
     "IntegerStorage",
     "MicroscaledStorage",
+    "NVFP4Storage",
     "StaticStorage",
     "Storage",
     "UnfoldedStorage",

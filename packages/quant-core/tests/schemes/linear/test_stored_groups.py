@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from integer_modules import exact_weight, integers
-from stating import Module
+from stating import Stated
 from torch import Tensor
 
 from quant_core import AscendLinearScheme, LinearContext, LoadError, Partition
@@ -22,7 +22,7 @@ TYPES: dict[int, type[AscendLinearScheme]] = {8: AscendW8A16LinearMethod, 4: Asc
 STRATEGIES = [("tensor", 1, False), ("channel", 1, False), ("group", 4, False), ("group", 4, True)]
 
 
-def weight_of(module: Module, dtype: torch.dtype) -> Tensor:
+def weight_of(module: Stated, dtype: torch.dtype) -> Tensor:
     """(q - weight_offset) · weight_scale in float64, every factor in the model's dtype as the operator has it."""
     codes, offset, scale = exact_weight(module)
     return ((codes - offset) * scale.to(dtype).to(torch.float64)).to(dtype).to(torch.float64)
@@ -79,7 +79,7 @@ def test_dequantised_features_are_in_their_own_order(
     found = scheme.dequantize(workbench.load(scheme, [module]))
     torch.testing.assert_close(found.to(torch.float64), (codes - offset) * scale)
     again = scheme.quantize(found)
-    error = (scheme.dequantize(workbench.load(scheme, [Module(again, module.weight, None)])) - found).abs().max()
+    error = (scheme.dequantize(workbench.load(scheme, [Stated(again, module.weight, None)])) - found).abs().max()
     assert error <= again["weight_scale"].max() * 0.51
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from integer_modules import ASYMMETRIC_STATIC, STATIC, exact_weight, integers, unfolded
-from stating import Module
+from stating import Stated
 from torch import Tensor
 
 from quant_core import LayerQuant, LayerQuery, LimitError, LinearSizes, Partition, UnsupportedSchemeError, create_scheme
@@ -16,7 +16,7 @@ from quant_core.schemes.verify import check_values, linear_params, verify_stored
 INPUTS, BF16, F16, F32 = 64, torch.bfloat16, torch.float16, torch.float32
 
 
-def exact_output(x: Tensor, module: Module) -> Tensor:
+def exact_output(x: Tensor, module: Stated) -> Tensor:
     """(Σ q_x q_w - z_x Σ q_w) · s_x · s_w in float64, without the bias."""
     scale = module["input_scale"].to(torch.float64).reshape(())
     offset = module.get("input_offset", torch.zeros(())).to(torch.float64).reshape(())
@@ -164,8 +164,8 @@ def test_zero_points_of_symmetric_inputs_are_zero(workbench: Any) -> None:
 def test_what_it_does_not_take_is_said(workbench: Any) -> None:
     """Dynamic inputs, groups and asymmetric weights are other types."""
 
-    def reason(module: Module, **stated: Any) -> str:
-        changed = Module(module, module.weight, replace(module.input, **stated))
+    def reason(module: Stated, **stated: Any) -> str:
+        changed = Stated(module, module.weight, replace(module.input, **stated))
         form = workbench.form("m0", changed)
         query = LayerQuery("l", sizes=LinearSizes(INPUTS, (8,)))
         with pytest.raises(UnsupportedSchemeError) as raised:

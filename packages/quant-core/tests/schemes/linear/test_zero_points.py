@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from integer_modules import ASYMMETRIC_TOKENS, STATIC, TOKENS, exact_weight, integers
-from stating import Module
+from stating import Stated
 from torch import Tensor
 
 from quant_core import ActivationForm, AscendLinearScheme, Partition
@@ -41,7 +41,7 @@ def quantised(x: Tensor, tokens: ActivationForm) -> tuple[Tensor, Tensor, Tensor
     return torch.round(values / scale + offset).clamp(-128, 127), offset, scale
 
 
-def check(got: Tensor, x: Tensor, module: Module, bias: Tensor | None = None) -> None:
+def check(got: Tensor, x: Tensor, module: Stated, bias: Tensor | None = None) -> None:
     """y = x_scale · Σ (q_x - z_x) (q_w - z_w) s_w + bias, up to float32 sums and one rounding to the output's dtype."""
     codes, x_offset, x_scale = quantised(x, module.input)
     weight, offset, scale = exact_weight(module)
@@ -62,7 +62,7 @@ def inputs(count: int, tokens: ActivationForm, width: int = INPUTS, dtype: torch
     return ((codes - offset) * scale).to(dtype)
 
 
-def module(kind: str, out: int, width: int = INPUTS, **options: Any) -> Module:
+def module(kind: str, out: int, width: int = INPUTS, **options: Any) -> Stated:
     _, num_bits, tokens = TYPES[kind]
     return integers(out, width, num_bits, tokens=tokens, **options)
 

@@ -112,7 +112,7 @@ class AscendParameter(BasevLLMParameter):
             self._load(0, loaded_weight, 0)
             return
         (first, end), step, size = self.vocabulary, self.param.output_step, self.shape[axis]
-        rows = loaded_weight.narrow(axis, first // step, (end - first) // step)
+        rows = loaded_weight.narrow(axis, first // step, -(-(end - first) // step))  # the last one may be partial
         filled = rows.shape[axis]
         self.data.narrow(axis, 0, filled).copy_(rows)
         self.data.narrow(axis, filled, size - filled).fill_(self.param.dummy or 0)

@@ -21,7 +21,7 @@ class AscendW4A4MXFP4LinearMethod(MXLinearScheme):
 
     granularity = ("blocks of 32",)
     checked_against = {
-        "W4A4_MXFP4": ("qwen3/W4A4_MXFP4",),
+        "W4A4_MXFP4": ("qwen3/W4A4_MXFP4", "llmcompressor/qwen3/MXFP4"),
         "W4A4_MXFP4_SVD": ("qwen3/W4A4_MXFP4_SVD",),
     }
     stores = MXFP4

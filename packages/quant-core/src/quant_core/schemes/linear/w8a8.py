@@ -15,7 +15,7 @@ from quant_core.schemes.context import LayerContext
 from quant_core.schemes.params import float_values, replace_parameter, tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.run_time import drop, process_int8_weight
-from quant_core.schemes.static_inputs import StaticInputs
+from quant_core.schemes.static_inputs import InputRuns, part
 from quant_core.storage import IntegerStorage, StaticStorage, Storage, UnfoldedStorage, tensors_of
 from quant_core.stored import ActivationForm, StoredForm, WeightForm
 
@@ -58,13 +58,13 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
     stores = WeightForm()
     activation = ActivationForm(dynamic=False, strategy="tensor", symmetric=False, folded=True)
     strategies = ("channel", "tensor")
-    inputs: StaticInputs
+    inputs: InputRuns
 
     @classmethod
     def create(cls, context: LayerContext) -> Self:
         """Whether the bias is folded is stated of the layer."""
         scheme = super().create(context)
-        scheme.inputs = StaticInputs(scheme.context)
+        scheme.inputs = InputRuns(scheme.context)
         scheme.folds_bias = _folded(scheme.context.form)  # type: ignore[misc]
         return scheme
 
@@ -90,7 +90,7 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         else:
             self._fold(layer)
         process_int8_weight(layer, layer.get_parameter("weight").data)
-        self.inputs.merge(layer)
+        self.inputs.merge(layer, "input_scale", "input_offset")
         deq_scale = float_values(layer.get_parameter("deq_scale").data)
         if self.context.params_dtype == torch.float16:
             deq_scale = torch.ops.npu.npu_trans_quant_param(deq_scale)
@@ -106,14 +106,21 @@ class AscendW8A8LinearMethod(AscendLinearScheme):
         if inside is None and x.dtype != torch.float16:  # whose results the operator scales before a float bias
             inside, after = after, None
 
-        def multiply(codes: Tensor, own: slice | None) -> Tensor:
-            part, scale, added = weight, deq_scale, inside
-            if own is not None:
-                part, scale, added = weight[:, own], deq_scale[own], None if inside is None else inside[own]
-            y: Tensor = torch.ops.npu.npu_quant_matmul(codes, part, scale, bias=added, output_dtype=x.dtype)
+        scale, offset = tensor_of(layer, "input_scale"), getattr(layer, "input_offset", None)
+
+        def multiply(run: slice | None, features: slice | None) -> Tensor:
+            zero_point = None if offset is None else part(offset, run)
+            codes = torch.ops.npu.npu_quantize(rows, part(scale, run), zero_point, torch.qint8, -1, True)
+            y: Tensor = torch.ops.npu.npu_quant_matmul(
+                codes,
+                weight if features is None else weight[:, features],
+                part(deq_scale, features),
+                bias=None if inside is None else part(inside, features),
+                output_dtype=x.dtype,
+            )
             return y
 
-        y = self.inputs.product(layer, rows, multiply)
+        y = self.inputs.product(multiply)
         y = y if after is None else y + after.to(y.dtype)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 

@@ -14,7 +14,7 @@ class AscendW8A8MXFP8LinearMethod(MXLinearScheme):
     """
 
     granularity = ("blocks of 32",)
-    checked_against = {"W8A8_MXFP8": ("qwen3/W8A8_MXFP8", "qwen3/MIXED_LAYERS")}
+    checked_against = {"W8A8_MXFP8": ("qwen3/W8A8_MXFP8", "qwen3/MIXED_LAYERS", "llmcompressor/qwen3/MXFP8")}
     stores = MXFP8
     activation = TOKENS_MXFP8
     quantisation = TO_FP8

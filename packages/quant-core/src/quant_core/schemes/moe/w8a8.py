@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from quant_core.errors import LimitError
 from quant_core.schemes.base import AscendLinearScheme
 from quant_core.schemes.experts import AscendMoEScheme, grouped
 from quant_core.schemes.linear.w8a8 import AscendW8A8LinearMethod
-from quant_core.schemes.params import replace_parameter, tensor_of
+from quant_core.schemes.params import tensor_of
 from quant_core.schemes.registry import register_scheme
 from quant_core.schemes.routing import Codes, Rows
+from quant_core.schemes.static_inputs import of_each_row, one_input_scale
 
 
 @register_scheme("W8A8", "moe")
@@ -38,25 +38,14 @@ class AscendW8A8MoEMethod(AscendMoEScheme):
 
         """
         linear.process_weights_after_loading(module)
-        if len(tensor_of(module, "input_scale")) > 1:
-            raise LimitError(
-                f"{linear.context.name}: gate and up of an expert have different input scales",
-                where=" and ".join(f"{name}.input_scale" for names in linear.context.modules for name in names),
-                found=tensor_of(module, "input_scale").tolist(),
-                expected="one, since they are multiplied at once",
-                todo="quantise them with common activations, or as W8A8_DYNAMIC",
-            )
-        for name in ("input_scale", "input_offset"):
-            if hasattr(module, name):
-                replace_parameter(module, name, tensor_of(module, name)[0])
+        one_input_scale(linear, module, "input_scale", "input_offset")
 
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """Rows with the scale and zero point of their expert; what lies behind the last expert's takes that one's."""
         assert counts is not None
-        places = torch.arange(len(x), device=x.device)
-        experts = torch.searchsorted(counts.cumsum(0), places, right=True).clamp(max=len(counts) - 1)
-        scale, offset = tensor_of(layer, f"{half}input_scale")[experts], getattr(layer, f"{half}input_offset", None)
-        zero_point = None if offset is None else offset[experts]
+        scale, offset = tensor_of(layer, f"{half}input_scale"), getattr(layer, f"{half}input_offset", None)
+        zero_point = None if offset is None else of_each_row(offset, counts, len(x))
+        scale = of_each_row(scale, counts, len(x))
         return torch.ops.npu.npu_quantize(x, scale, zero_point, torch.qint8, 0, True), None
 
     def multiply(self, layer: nn.Module, half: str, rows: Rows, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""WFP8AFP8_DYNAMIC experts: FP8 weights with one scale per output channel, activations quantised per token."""
+"""WFP8AFP8_DYNAMIC experts: FP8 weights with one scale per channel or tensor, activations quantised per token."""
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ class AscendW8A8FP8DynamicMoEMethod(AscendMoEScheme):
         w13_weight_scale, w2_weight_scale: float32 [E, out]
     """
 
-    granularity = ("per channel",)
+    granularity = ("per channel", "per tensor")
+    checked_against = {"WFP8AFP8_DYNAMIC": ("llmcompressor/qwen3-moe/FP8_DYNAMIC",)}
     supported_devices = MX_DEVICES
     linear = AscendW8A8FP8DynamicLinearMethod
 

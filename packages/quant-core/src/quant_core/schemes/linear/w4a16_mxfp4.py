@@ -1,0 +1,18 @@
+"""W4A16_MXFP4: FP4 weights in blocks of 32 that share a power of two, activations in the model's dtype."""
+
+from quant_core.schemes.dequantised import DequantisedLinearScheme
+from quant_core.schemes.mx import MXFP4
+from quant_core.schemes.registry import register_scheme
+
+
+@register_scheme("W4A16_MXFP4", "linear")
+class AscendW4A16MXFP4LinearMethod(DequantisedLinearScheme):
+    """y = x (q · 2^(weight_scale - 127))ᵀ + bias.
+
+    Run time:
+        weight: model dtype [out, in], exact in bfloat16 and float32
+    """
+
+    granularity = ("blocks of 32",)
+    stores = MXFP4
+    strategies = ("group",)
