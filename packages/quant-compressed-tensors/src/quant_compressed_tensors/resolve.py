@@ -213,9 +213,14 @@ def _in_short(error: QuantError) -> str:
 
 
 def _classes_of(module: str, layer_class: str) -> tuple[str, ...]:
-    """The classes of a layer in the words of configs, the most special one first; a head is a linear layer."""
-    usual = "Embedding" if layer_class == "Embedding" else "Linear"
-    return (EXPERTS, usual) if is_expert(module) else (usual,)
+    """The classes of a layer in the words of configs, the most special one first.
+
+    A head is a linear layer, and `lm_head` also where it shares the module of the embeddings.
+    """
+    if layer_class == "Embedding":
+        return ("Embedding",)
+    special = {"lm_head": ("lm_head",)}.get(layer_class, ())
+    return (*special, *([EXPERTS] if is_expert(module) else []), "Linear")
 
 
 def is_expert(module: str) -> bool:
