@@ -32,6 +32,8 @@ from quant_core import AscendLinearScheme, UnsupportedSchemeError, get_scheme_cl
 README = Path(__file__).parents[1] / "README.md"
 
 INT4_TOKEN = {**INT8_TOKEN, "num_bits": 4}
+#: With a dtype of zero points, because older libraries do not know the one of six bits.
+MXFP6 = arguments(6, strategy="group", group_size=32, type="float", zp_dtype="torch.uint8")
 
 #: Weights, inputs, and the type of the scheme that computes them: of each combination that a writer has.
 COMBINATIONS: list[tuple[Arguments, Arguments | None, str]] = [
@@ -86,11 +88,7 @@ def test_every_type_is_registered(quant_type: str) -> None:
     assert issubclass(found, AscendLinearScheme)
 
 
-#: Six bits are older libraries' NotImplementedError before they are anything of ours.
-PRESETS = sorted(PRESET_SCHEMES.keys() - {"UNQUANTIZED"})
-
-
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted(PRESET_SCHEMES.keys() - {"UNQUANTIZED"}))
 def test_every_preset_of_the_library_has_a_type_or_a_reason(name: str) -> None:
     scheme = preset_name_to_scheme(name, ["Linear"])
     if "MXFP6" in name:
@@ -143,7 +141,7 @@ def test_every_reason_is_given_to_somebody(kind: str) -> None:
     samples: list[tuple[Any, Any]] = [
         (arguments(3), None),
         (arguments(16, type="float", zp_dtype="torch.float16"), None),
-        (arguments(6, strategy="group", group_size=32, type="float", zp_dtype="torch.uint8"), None),
+        (MXFP6, None),
         (grouped(FP8, 64), None),
         (INT8, grouped(INT8)),
         (INT8, {**INT8_STATIC, "dynamic": True}),
