@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _UINT8 = "torch.uint8"
 
+_OTHER_INTEGERS = "integer (neither 4 nor 8 bits)"
+_OTHER_FLOATS = "float (neither 4, 6 nor 8 bits)"
+
 #: The scheme for each kind of weights and of inputs.
 TYPES: dict[tuple[str, str], str] = {
     ("int8", "none"): "W8A16",
@@ -42,7 +45,8 @@ TYPES: dict[tuple[str, str], str] = {
 
 #: Why a kind of weights or inputs is not served beside anything.
 REFUSED: dict[str, str] = {
-    "int2, int3, int5, int6 or int7": "no operator takes weights of so many bits; quantise to 4 or 8 bits",
+    _OTHER_INTEGERS: "no operator takes weights of so many bits; quantise to 4 or 8 bits",
+    _OTHER_FLOATS: "no operator takes them; quantise to 4 or 8 bits",
     "mxfp6": "no operator takes six bits; quantise to MXFP8 or MXFP4",
     "fp8 in groups": "neither a writer's preset nor an operator has them; quantise per channel, in blocks or to MXFP8",
     "static scales of groups or blocks of inputs": "no writer stores them",
@@ -76,9 +80,9 @@ def weight_kind(args: "QuantizationArgs | None") -> str:
     if args is None:
         return "float"
     if args.type == "int":
-        return f"int{args.num_bits}" if args.num_bits in (4, 8) else "int2, int3, int5, int6 or int7"
-    if args.num_bits == 6:
-        return "mxfp6"
+        return f"int{args.num_bits}" if args.num_bits in (4, 8) else _OTHER_INTEGERS
+    if args.num_bits not in (4, 8):
+        return "mxfp6" if args.num_bits == 6 else _OTHER_FLOATS
     if args.num_bits == 4:
         return "nvfp4" if args.group_size == 16 else "mxfp4"
     if args.strategy == "block":
@@ -92,10 +96,8 @@ def input_kind(args: "QuantizationArgs | None") -> str:
     """The kind of a group's inputs, in the words of the table."""
     if args is None:
         return "none"
-    if args.type == "float" and args.num_bits == 4:
-        return "nvfp4" if args.group_size == 16 else "mxfp4"
-    if args.type == "float" and args.num_bits == 6:
-        return "mxfp6"
+    if args.type == "float" and args.num_bits != 8:
+        return weight_kind(args)
     element = f"{'int' if args.type == 'int' else 'fp'}{args.num_bits}"
     if args.dynamic is False:
         grouped = args.strategy != "tensor"

@@ -1,18 +1,17 @@
 """The section of config.json that describes a compressed-tensors checkpoint.
 
-It is parsed by the library's own models. What stands here is where the section is, what its dialects spell otherwise,
-and which of its parts ask for something that nobody would do.
+It is parsed by the library's own models. What stands here is where the section is, and what its dialects spell
+otherwise.
 """
 
-import difflib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from packaging.version import InvalidVersion, Version
 
-from quant_core import CheckpointError, CheckpointFolder, Finding, UnsupportedSchemeError
+from quant_core import CheckpointError, CheckpointFolder
 from quant_core.errors import listing
 
 # The library imports transformers, which takes seconds: only when a folder is in this format.
@@ -22,10 +21,11 @@ if TYPE_CHECKING:
 #: The format's name, and what `quant_method` says.
 NAME = "compressed-tensors"
 
-_CONFIG = "config.json"
+CONFIG = "config.json"
+_DEEPEST = 50
 
 #: Keys of the section and of a group that are acted on, or that say nothing about how a model is computed.
-_KEYS = (
+KEYS = (
     "config_groups",
     "ignore",
     "format",
@@ -38,26 +38,14 @@ _KEYS = (
     "version",
     "run_compressed",
 )
-_GROUP_KEYS = ("targets", "weights", "input_activations", "output_activations", "format")
+GROUP_KEYS = ("targets", "weights", "input_activations", "output_activations", "format")
 _ARGUMENTS = ("weights", "input_activations", "output_activations")
 
 #: How writers for Ascend spell null, true and false.
 _SPELLED: dict[str, Any] = {"null": None, "none": None, "true": True, "false": False}
 
-#: What transforms that act at run time multiply; those of weights are in the stored weights already.
-_MERGED = ("weight_input", "weight_output")
-
 #: How the order of columns during calibration is called; it shows in the tensors, if it matters at all.
 _ORDERS = (None, True, False, "weight", "static", "group", "dynamic")
-
-#: What other keys mean, in the words of an error.
-_ELSEWHERE = {
-    "moe_sparsity_config": "layers with different numbers of experts",
-    "activation_use_clip": "activations that are clipped by a stored ratio before they are quantised",
-    "weight_block_size": "blocks of weights; this format says it by `strategy: block` and `block_structure`",
-    "li_cache_scheme": "a quantised cache of the lightning indexer",
-    "comp_cache_scheme": "a quantised cache of compressed keys",
-}
 
 
 @dataclass(frozen=True)
@@ -96,6 +84,7 @@ class Section:
                 todo="serve it without --quantization, or take the config.json that was written with the weights",
             )
         place, raw = found
+        _check_depth(raw, place)
         plain = _without_dialect(raw)
         config = _parsed(plain, place, raw)
         groups = {name: scheme for name, scheme in config.config_groups.items() if not isinstance(scheme, list)}
@@ -139,84 +128,23 @@ def _plain(method: object) -> str:
     return str(method).lower().replace("_", "-")
 
 
-def unserved_parts(section: Section) -> Iterator[Finding]:
-    """What the section asks for and nobody here does: to leave it out would give other numbers without a word."""
-    yield from _unknown_keys(section.raw, _KEYS, section.place)
-    for name, group in section.raw["config_groups"].items():
-        if isinstance(group, Mapping):
-            yield from _unknown_keys(group, (*_GROUP_KEYS, "actorder"), section.key("config_groups", name))
-    yield from _sparse(section)
-    yield from _online_transforms(section)
-    if not _asks_nothing(section.raw.get("kv_cache_scheme")):
-        yield _unserved(section.key("kv_cache_scheme"), "a quantised key/value cache", "quantise without it")
-    for name, scheme in section.groups.items():
-        key = section.key("config_groups", name)
-        if scheme.output_activations is not None:
-            todo = "quantise without output_activations"
-            yield _unserved(f"{key}.output_activations", "quantised outputs of layers, which no operator has", todo)
-        if scheme.weights is None and scheme.input_activations is not None:
-            what = f"activations alone, of {listing(scheme.targets)}"
-            yield _unserved(f"{key}.input_activations", what, "quantise without attention groups")
-
-
-def _unserved(key: str, what: str, todo: str, found: object = None) -> Finding:
-    return Finding(
-        f"{_CONFIG} asks for what is not served: {what}",
-        where=f"{_CONFIG}: {key}",
-        found=None if found is None else str(found),
-        todo=todo,
-        file=_CONFIG,
-        error=UnsupportedSchemeError,
-    )
-
-
-def _unknown_keys(given: Mapping[str, Any], known: tuple[str, ...], place: str) -> Iterator[Finding]:
-    for key, value in given.items():
-        if key in known or _asks_nothing(value):
-            continue
-        if key in _ELSEWHERE:
-            yield _unserved(f"{place}.{key}", _ELSEWHERE[key], "quantise without it", value)
-            continue
-        near = difflib.get_close_matches(str(key)[:100], known, n=1)
-        yield Finding(
-            f"{_CONFIG} has a key that nobody reads: {place}.{key}",
-            found=str(value)[:200],
-            expected=f"{near[0]!r}?" if near else f"one of {listing(known, 20)}",
-            todo="correct its name; remove it if it says nothing about how the model is computed",
-            file=_CONFIG,
-            error=CheckpointError,
+def _check_depth(raw: Mapping[str, Any], place: str) -> None:
+    """Refuse what would exhaust the stack of whoever walks over it; real sections have seven levels."""
+    level: list[Any] = [raw]
+    for _ in range(_DEEPEST):
+        level = [
+            part
+            for value in level
+            for part in (value.values() if isinstance(value, Mapping) else value)
+            if isinstance(part, Mapping | list)
+        ]
+    if level:
+        raise CheckpointError(
+            f"{CONFIG} has a section that is nested deeper than {_DEEPEST} levels",
+            where=f"{CONFIG}: {place}",
+            todo="take the config.json that was written with the weights",
+            file=CONFIG,
         )
-
-
-def _asks_nothing(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.lower() in ("", "null", "none", "false")
-    if isinstance(value, Mapping):
-        return all(_asks_nothing(part) for part in value.values())
-    return value is None or value is False or (isinstance(value, list) and all(map(_asks_nothing, value)))
-
-
-def _sparse(section: Section) -> Iterator[Finding]:
-    sparsity = section.raw.get("sparsity_config")
-    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
-        todo = "save the model without sparse compression (llm-compressor: disable_sparse_compression=True)"
-        what = "weights that are stored without their zeros"
-        yield _unserved(section.key("sparsity_config", "format"), what, todo, sparsity["format"])
-
-
-def _online_transforms(section: Section) -> Iterator[Finding]:
-    config = section.raw.get("transform_config")
-    groups = config.get("config_groups") if isinstance(config, Mapping) else None
-    for name, scheme in groups.items() if isinstance(groups, Mapping) else ():
-        applied = scheme.get("apply") if isinstance(scheme, Mapping) else None
-        for entry in applied if isinstance(applied, list) else [applied]:
-            location = entry.get("location") if isinstance(entry, Mapping) else None
-            if location not in _MERGED:
-                what = (
-                    f"a transform of {location} at run time" if location else "a transform that says not where it acts"
-                )
-                todo = "quantise with transforms that can be merged into the weights (SpinQuant: R1 and R2 only)"
-                yield _unserved(section.key("transform_config", "config_groups", name), what, todo)
 
 
 def _without_dialect(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,13 +153,13 @@ def _without_dialect(raw: Mapping[str, Any]) -> dict[str, Any]:
     The order of columns during calibration is left out: newer versions refuse one that older ones wrote, and what it
     changed shows in the tensors.
     """
-    plain = {key: _spelled(value) for key, value in raw.items() if key in _KEYS and key != "kv_cache_scheme"}
+    plain = {key: _spelled(value) for key, value in raw.items() if key in KEYS and key != "kv_cache_scheme"}
     groups = plain.get("config_groups")
     if isinstance(groups, dict):
         for group in groups.values():
             if not isinstance(group, dict):
                 continue
-            for key in [key for key in group if key not in _GROUP_KEYS]:
+            for key in [key for key in group if key not in GROUP_KEYS]:
                 del group[key]
             for name in _ARGUMENTS:
                 arguments = group.get(name)
@@ -270,33 +198,50 @@ def _parsed(plain: dict[str, Any], place: str, raw: Mapping[str, Any]) -> Any:
             warnings.simplefilter("ignore")  # about observers, which only calibration has
             return QuantizationConfig.model_validate(plain)
     except ValidationError as error:
-        raise _unparsable(_complaints(error, place), raw) from error
+        raise _unparsable(_complaints(error, plain, place), raw) from error
     except Exception as error:  # older libraries raise whatever comes for what they do not know
         raise _unparsable([_complaint(plain, place, error)], raw) from error
 
 
-def _complaints(error: Any, place: str) -> list[str]:
+def _complaints(error: Any, plain: Mapping[str, Any], place: str) -> list[str]:
     """Each complaint with its key; a group is an object or a list, and the library complains about both."""
     complaints = []
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"] if part != "QuantizationScheme"]
+        path = problem["loc"]
         if "list[str]" not in path:
             given = "" if isinstance(problem["input"], Mapping) else f", not {str(problem['input'])[:100]!r}"
-            complaints.append(f"{'.'.join([place, *path])}: {problem['msg']}{given}")
+            keys = _keys(path, plain, absent=problem["type"] == "missing")
+            complaints.append(f"{'.'.join([place, *keys])}: {problem['msg'][:500]}{given}")
     return complaints or [f"{place}: {str(error)[:500]}"]
+
+
+def _keys(path: Iterable[Any], value: Any, absent: bool) -> list[str]:
+    """The keys of a path that the library mixes with names of what it tried at them."""
+    keys: list[str] = []
+    for part in path:
+        inside = isinstance(value, Mapping) and part in value
+        if inside or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
+            keys.append(str(part))
+            value = value[part]
+    return [*keys, str(list(path)[-1])] if absent else keys
 
 
 def _complaint(plain: dict[str, Any], place: str, error: Exception) -> str:
     """An exception without a key, with the key at which it is raised again."""
-    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
+    parts: dict[str, tuple[Any, Any]] = {}
     for name, group in plain["config_groups"].items():
+        key = f"{place}.config_groups.{name}"
         for part in _ARGUMENTS if isinstance(group, dict) else ():
-            try:
-                QuantizationArgs.model_validate(group.get(part) or {})
-            except Exception as again:
-                if type(again) is type(error):
-                    return f"{place}.config_groups.{name}.{part}: {again}"
+            parts[f"{key}.{part}"] = QuantizationArgs, group.get(part) or {}
+        parts[key] = QuantizationConfig, {"config_groups": {name: group}}
+    for key, (model, part) in parts.items():
+        try:
+            model.model_validate(part)
+        except Exception as again:
+            if type(again) is type(error):
+                return f"{key}: {error!r}"
     return f"{place}: {error!r}"
 
 
@@ -311,8 +256,8 @@ def _unparsable(complaints: list[str], raw: Mapping[str, Any]) -> CheckpointErro
     if newer:
         todo = f"install compressed-tensors {raw['version']} or newer, which wrote it; here is {installed}"
     return CheckpointError(
-        f"{_CONFIG} has a section that compressed-tensors {installed} cannot read: {listing(complaints)}",
-        where=_CONFIG,
+        f"{CONFIG} has a section that compressed-tensors {installed} cannot read: {listing(complaints)}",
+        where=CONFIG,
         todo=todo,
-        file=_CONFIG,
+        file=CONFIG,
     )

@@ -6,12 +6,13 @@ the format is called. So containers are read off the dtypes of the headers.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from quant_compressed_tensors.combinations import input_kind, weight_kind
 from quant_core import ActivationForm, Packing, StoredForm, WeightForm
+from quant_core.stored import Strategy
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -32,16 +33,22 @@ _BESIDE = frozenset(
     ]
 )
 #: What only attention layers store whose cache or query is quantised.
-ATTENTION = frozenset(f"{part}_{kind}" for part in "qkv" for kind in ("scale", "zero_point", "global_scale"))
+ATTENTION = frozenset(
+    f"{part}_{kind}" for part in ("q", "k", "v", "kv") for kind in ("scale", "zero_point", "global_scale")
+)
 
-_INTEGERS_AND_CODES = frozenset({torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2})
 _PACKED_FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
 
 
 def is_quantised(form: StoredForm) -> bool:
     """Whether a module stores anything that float modules do not have."""
-    weight = form.tensors.get("weight")
-    return not _BESIDE.isdisjoint(form.tensors) or (weight is not None and weight.dtype in _INTEGERS_AND_CODES)
+    return not _BESIDE.isdisjoint(form.tensors) or (form.has("weight") and not is_float_weight(form))
+
+
+def is_float_weight(form: StoredForm) -> bool:
+    """Whether a module stores a weight as float modules do, and no codes."""
+    dtype = form.dtype("weight", torch.int8)
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def stated(form: StoredForm, scheme: "QuantizationScheme", file_format: str) -> StoredForm:
@@ -61,7 +68,7 @@ def stated(form: StoredForm, scheme: "QuantizationScheme", file_format: str) -> 
 
 
 def _weight(form: StoredForm, args: "QuantizationArgs", packed: bool) -> WeightForm:
-    strategy = "group" if args.strategy == "tensor_group" else args.strategy
+    strategy = _strategy(args)
     weight = WeightForm(
         num_bits=args.num_bits,
         type=args.type,
@@ -90,12 +97,17 @@ def _weight(form: StoredForm, args: "QuantizationArgs", packed: bool) -> WeightF
     )
 
 
+def _strategy(args: "QuantizationArgs") -> Strategy:
+    """In the words of stored forms; what else the library knows, no scheme takes."""
+    return cast("Strategy", "group" if args.strategy == "tensor_group" else args.strategy)
+
+
 def _input(args: "QuantizationArgs | None") -> ActivationForm | None:
     if args is None:
         return None
     kind = input_kind(args)
     scale = {"mxfp8": torch.uint8, "mxfp4": torch.uint8, "nvfp4": torch.float8_e4m3fn}.get(kind)
-    strategy = "group" if args.strategy == "tensor_group" else args.strategy
+    strategy = _strategy(args)
     return ActivationForm(
         num_bits=args.num_bits,
         type=args.type,

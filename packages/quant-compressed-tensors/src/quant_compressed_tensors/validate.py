@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from quant_compressed_tensors.resolve import EXPERTS, Answer, Resolver, is_expert
-from quant_compressed_tensors.section import Section, unserved_parts
+from quant_compressed_tensors.section import Section
 from quant_compressed_tensors.stating import ATTENTION, is_quantised
+from quant_compressed_tensors.unserved import asks_nothing, unserved_parts
 from quant_core import CheckpointError, CheckpointFolder, Finding, LayerQuant, LoadError, QuantError, StoredForm
 from quant_core.errors import listing
 
@@ -28,6 +29,7 @@ def examine(
     """
     yield from unserved_parts(section)
     yield from _stray_cache_scales(section, modules)
+    yield from _shapes_alone(folder, modules)
     wrong: dict[int, tuple[QuantError, list[str]]] = {}
     kinds: dict[object, Answer] = {}
     for form in modules.values():
@@ -35,18 +37,36 @@ def examine(
             continue
         try:
             answer = resolver.of(form)
-            kinds.setdefault((answer.group, form.shape("weight", ())), answer)
         except QuantError as error:  # one object for all modules that are alike
             wrong.setdefault(id(error), (error, []))[1].append(form.module)
-    for error, alike in wrong.values():
-        yield from (replace(finding, also=tuple(alike[1:])) for finding in error.findings)
+        else:
+            kinds.setdefault((answer.group, form.shape("weight", ())), answer)
+    for refusal, alike in wrong.values():
+        for finding in refusal.findings:
+            yield replace(finding, also=tuple(alike if finding.layer is None else alike[1:]))
     if not wrong:
         yield from _wrong_shapes(folder, kinds.values())
 
 
+def _shapes_alone(folder: CheckpointFolder, modules: Mapping[str, StoredForm]) -> Iterator[Finding]:
+    """Modules that say what shape their weight has, and have none."""
+    alone = [form.tensors["weight_shape"] for form in folder.modules.values() if "weight_shape" in form.tensors]
+    alone = [tensor for tensor in alone if not modules[tensor.name.rpartition(".")[0]].has("weight")]
+    if alone:
+        yield Finding(
+            f"the files hold weight_shape of {len(alone)} modules, and not their weight_packed",
+            where=alone[0].file,
+            found=listing(tensor.name for tensor in alone),
+            expected="weight_packed, weight_scale and weight_shape",
+            todo="finish the download, or quantise the model again",
+            tensor=alone[0].name,
+            error=LoadError,
+        )
+
+
 def _stray_cache_scales(section: Section, modules: Mapping[str, StoredForm]) -> Iterator[Finding]:
     """Scales of a cache that the section does not mention."""
-    if section.raw.get("kv_cache_scheme") is not None or any(s.weights is None for s in section.groups.values()):
+    if not asks_nothing(section.raw.get("kv_cache_scheme")) or any(s.weights is None for s in section.groups.values()):
         return
     stray = [t for form in modules.values() for suffix, t in form.tensors.items() if suffix in ATTENTION]
     if stray:
@@ -67,15 +87,18 @@ def _wrong_shapes(folder: CheckpointFolder, answers: Iterable[Answer]) -> Iterat
         for answer in answers
         if (tensor := folder.modules[answer.form.module].tensors.get("weight_shape")) is not None
     }
-    for name, values in folder.read_tensors(said).items():
-        form = said[name].form
+    usual = [name for name in said if folder.tensors[name].shape == (2,)]  # a file may call anything weight_shape
+    values = {name: value.tolist() for name, value in folder.read_tensors(usual).items()}
+    for name, answer in said.items():
+        form = answer.form
         inputs, outputs = form.sizes() or (0, 0)
-        if values.tolist() != [outputs, inputs]:
+        shape = values.get(name, f"of the shape {list(folder.tensors[name].shape)}")
+        if shape != [outputs, inputs]:
             yield Finding(
                 f"{form.module} holds another number of weights than it says",
-                where=f"config.json: {said[name].evidence.key}",
+                where=f"config.json: {answer.evidence.key}",
                 found=f"{form.found('weight')}, which is {[outputs, inputs]} of {form.weight and form.weight.num_bits} "
-                f"bits; {name} is {values.tolist()}",
+                f"bits; {name} is {shape}",
                 expected="the number of bits with which the weights were packed",
                 todo="take config.json and weights from one run of the tool",
                 tensor=name,
@@ -135,4 +158,4 @@ def oddities(
 def _names_something(entry: str, resolver: Resolver, modules: Mapping[str, StoredForm]) -> bool:
     if entry == EXPERTS:
         return any(is_expert(module) for module in modules)
-    return any(resolver.matcher.matches(entry, module) for module in modules)
+    return resolver.matcher.names_one_of(entry, modules)
