@@ -7,8 +7,9 @@ it is stale.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quant_core import AscendLinearScheme, UnsupportedSchemeError, get_scheme_class
+from quant_core import ActivationForm, AscendLinearScheme, UnsupportedSchemeError, get_scheme_class
 from quant_core.microscaling import BLOCK
+from quant_core.schemes.dequantised import DequantisedLinearScheme
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -109,6 +110,9 @@ def input_kind(args: "QuantizationArgs | None") -> str:
     return f"{element} per token"
 
 
+_ASYMMETRIC = (ActivationForm(symmetric=False), ActivationForm(dynamic=False, strategy="tensor", symmetric=False))
+
+
 @dataclass(frozen=True)
 class _Row:
     weights: str
@@ -133,14 +137,20 @@ def _served(weights: str, inputs: str, name: str) -> _Row:
     linear, experts = get_scheme_class(name, "linear"), get_scheme_class(name, "moe")
     assert linear is not None, f"{name} is in the table and not registered"
     assert issubclass(linear, AscendLinearScheme)
-    notes = (
-        ["asymmetric weights too"] if linear.takes_offsets or (linear.stores and not linear.stores.symmetric) else []
-    )
-    notes += ["`weight_g_idx` too"] if linear.takes_index else []
-    devices = set(get_scheme_class("W8A16", "linear").supported_devices) - set(linear.supported_devices)  # type: ignore[union-attr]
-    notes += [f"not on {', '.join(sorted(devices))}"] if devices else []
+    zero_points = linear.takes_offsets or (linear.stores is not None and not linear.stores.symmetric)
+    everywhere = get_scheme_class("W8A16", "linear")
+    assert everywhere is not None
+    lacking = sorted(set(everywhere.supported_devices) - set(linear.supported_devices))
+    remarks = {
+        "asymmetric weights too": zero_points,
+        "asymmetric inputs too": any(map(linear.takes_input, _ASYMMETRIC)),
+        "`weight_g_idx` too": linear.takes_index,
+        "dequantised": issubclass(linear, DequantisedLinearScheme),
+        f"not on {', '.join(lacking)}": bool(lacking),
+    }
+    note = "; ".join(remark for remark, holds in remarks.items() if holds)
     granularity = ", ".join(linear.granularity)
-    return _Row(weights, inputs, f"`{name}`", "yes" if experts else "no", granularity, "; ".join(notes))
+    return _Row(weights, inputs, f"`{name}`", "yes" if experts else "no", granularity, note)
 
 
 if __name__ == "__main__":
