@@ -442,11 +442,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def demo(session: nox.Session) -> None:
-    """Serve the small ModelSlim checkpoint of examples/demo with real vLLM."""
+    """Serve a small checkpoint with real vLLM: ``-- --format compressed-tensors`` for llm-compressor's."""
     known, arguments = options(session)
     device, older = known.device, older_processor(session, known.isa)
     python = test_environment(session, VLLM, device)
-    install_wheels(session, python, ("quant-core", "quant-modelslim", "vllm-ascend-quant"))
+    install_wheels(session, python, tuple(package.name for package in PACKAGES))
     script = str(ROOT / "examples" / "demo" / "demo.py")
     session.run(str(python), script, *arguments, env=variables(device, VLLM) | older, external=True)
 

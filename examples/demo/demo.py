@@ -1,4 +1,4 @@
-"""Serve a ModelSlim checkpoint with real vLLM, beside the float model that it was made from, and show what happened.
+"""Serve a quantised checkpoint with real vLLM, beside the float model that it was made from, and show what happened.
 
 `nox -s demo` runs this; README.md explains what it prints.
 """
@@ -18,6 +18,11 @@ from rich.console import Console
 from terminal import open_terminal, step
 
 HERE = Path(__file__).resolve().parent
+#: The small model in each format: as msModelSlim and as llm-compressor quantised it.
+SMALL = {
+    "modelslim": HERE / "model",
+    "compressed-tensors": HERE.parents[1] / "testdata" / "checkpoints" / "llmcompressor" / "qwen3" / "W8A8_DYNAMIC",
+}
 ALLOWED_DROP = 0.03  # of accuracy, below the float model's
 ROUNDS = 3  # that are timed, after one that is not
 
@@ -143,7 +148,8 @@ def verdict(console: Console, before: float, after: float) -> int:
 def parse_options() -> argparse.Namespace:
     """The command line. Beside someone's own model there is no float model unless it is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a ModelSlim checkpoint (default: the small one in this folder)")
+    parser.add_argument("--format", choices=SMALL, default="modelslim", help="of the small model (default: modelslim)")
+    parser.add_argument("--model", help="another checkpoint, in any format that is installed")
     parser.add_argument("--float-model", help="the model that it was quantised from, for comparison")
     parser.add_argument("--problems", type=int, default=200, help="how many of the 200 in eval.jsonl (default: all)")
     parser.add_argument("--all-layers", action="store_true", help="give every layer a row of its own")
@@ -153,7 +159,7 @@ def parse_options() -> argparse.Namespace:
     if options.problems < 1:
         parser.error("--problems must be at least 1")
     if options.model is None:
-        options.model = os.path.relpath(HERE / "model")
+        options.model = os.path.relpath(SMALL[options.format])
         options.float_model = options.float_model or os.path.relpath(HERE / "float")
     return options
 

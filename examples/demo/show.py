@@ -39,9 +39,11 @@ def layers(console: Console, served: Any, every_layer: bool) -> None:
     evidence = [entry for quant in found.values() for entry in quant.evidence]
     if evidence:
         files = ", ".join(sorted({entry.file for entry in evidence}))
+        meaning = "A key is the checkpoint module's full name and the ending; its value is the type."
+        if not any(quant.evidence[0].key.startswith(quant.modules) for quant in found.values() if quant.evidence):
+            meaning = "A key is a group with the target that names the module, or an entry that ignores it."
         console.print(
-            f"\nA key is the checkpoint module's full name and the ending, as in {evidence[0].key}; its value is the "
-            f"type. The keys stand in {files}. --all-layers shows each layer by itself."
+            f"\n{meaning} One is {evidence[0].key}. They stand in {files}. --all-layers shows each layer by itself."
         )
     for name in sorted({quant.quant_type for quant in config.layers.values()} - {None}):
         scheme = get_scheme_class(name, "linear")
@@ -70,9 +72,9 @@ def layer_table(found: dict[str, Any], every_layer: bool) -> Table:
 
 
 def _key(entry: Any, modules: tuple[str, ...], quant_type: str) -> str:
-    """A key without the module's name that it begins with, and with its value if that is not simply the type."""
+    """A key without the module's name that it begins with, or its end, and its value if that is not simply the type."""
     module = next((module for module in modules if entry.key.startswith(f"{module}.")), "")
-    ending = entry.key.removeprefix(module)
+    ending = entry.key.removeprefix(module) if module else entry.key.rpartition(".")[2]
     return ending if entry.value == quant_type else f"{ending}: {entry.value}"
 
 

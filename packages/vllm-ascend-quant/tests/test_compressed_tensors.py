@@ -28,7 +28,7 @@ FOLDER = DATA / "checkpoints" / "llmcompressor"
 #: activations are floor(log2(max)) - emax, and offsets of asymmetric tokens are not rounded, as on an NPU.
 READINGS = {"MXFP4": "@mx_floor", "MXFP8": "@mx_floor", "W8A8_DYNAMIC_ASYM": "@float_offset"}
 
-#: Where bfloat16 may be further away than the reference's rule allows. vLLM's own path for the float model with the same
+#: Where bfloat16 may be further away than the rule allows. vLLM's own path for the float model with the same
 #: numbers in its weights flips this token too: what rounds is outside the quantised layers.
 BEYOND_THE_RULE = {
     ("llmcompressor/qwen3-moe/W4A16_GROUP", "bfloat16"): "prompt 3: token 5 is 19, expected 18 (margin 1.465 > 0.807)"
