@@ -26,7 +26,8 @@ from small_folders import (
     grouped,
 )
 
-from quant_compressed_tensors.combinations import REFUSED, TYPES, input_kind, quant_type, table, weight_kind
+from quant_compressed_tensors.combinations import REFUSED, TYPES, input_kind, quant_type, weight_kind
+from quant_compressed_tensors.overview import table
 from quant_core import AscendLinearScheme, UnsupportedSchemeError, get_scheme_class
 
 README = Path(__file__).parents[1] / "README.md"
@@ -153,7 +154,7 @@ def test_every_reason_is_given_to_somebody(kind: str) -> None:
 
 
 def test_the_table_in_the_readme() -> None:
-    """`python -m quant_compressed_tensors.combinations` prints it."""
+    """`python -m quant_compressed_tensors.overview` prints it."""
     printed = table()
     assert len(printed.splitlines()) == 2 + len(TYPES) + len(REFUSED)
     assert printed in README.read_text()
