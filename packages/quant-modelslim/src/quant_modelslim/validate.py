@@ -8,6 +8,7 @@ from quant_core import (
     CheckpointFolder,
     Finding,
     LayerQuery,
+    LayerResolutionError,
     PlannedFolder,
     StoredForm,
     UnsupportedSchemeError,
@@ -18,6 +19,7 @@ from quant_core.errors import listing
 from quant_core.formats import respelled
 from quant_core.judging import judge_modules
 from quant_core.schemes.registry import LAYER_TYPES
+from quant_modelslim.caches import quantised_caches
 from quant_modelslim.description import ATTENTION_TYPE, Description
 from quant_modelslim.resolve import QUANTISED_DTYPES, dtype_name, is_float, smoothed, undescribed
 from quant_modelslim.siblings import examine_siblings
@@ -54,6 +56,10 @@ def examine(folder: CheckpointFolder, description: Description) -> Iterator[Find
     yield from _leaving_the_folder(folder, description)
     yield from _undescribed(folder, description)
     yield from contradictions(folder)
+    try:
+        quantised_caches(description, folder)
+    except LayerResolutionError as error:
+        yield from error.findings
     yield from examine_siblings(description)
     told = {tensor.rpartition(".")[0] for tensor, _ in wrong} | _simulated(description) | _of_unknown_types(description)
     yield from _wrong_forms(folder, description, told)

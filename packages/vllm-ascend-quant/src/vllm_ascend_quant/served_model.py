@@ -65,6 +65,7 @@ class ServedModel:
         layers: what was decided about each layer, by module path.
         absent_members: the members of fused float layers of which the files have no weight, by module path.
         loading: how the loading stands.
+        cache_tensors: the parameters that tensors of quantised caches go to, by the checkpoint's names of these.
         drafts_only: the first components of the names of tensors that are in the folder for a draft, and which this
             model's loader would not know: those of layers for multi-token prediction (`mtp.`).
 
@@ -78,6 +79,7 @@ class ServedModel:
     layers: dict[str, LayerQuant] = field(default_factory=dict)
     absent_members: dict[str, Sequence[str]] = field(default_factory=dict)
     drafts_only: tuple[str, ...] = ()
+    cache_tensors: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(

@@ -65,6 +65,7 @@ class AttentionSizes:
         head_size: features of a query and key head.
         value_head_size: features of a value head.
         local_heads: query and key/value heads on this rank.
+        first_kv_head: the first of these key/value heads, counted over all ranks.
 
     """
 
@@ -73,6 +74,7 @@ class AttentionSizes:
     head_size: int
     value_head_size: int
     local_heads: tuple[int, int]
+    first_kv_head: int = 0
 
 
 @dataclass(frozen=True)
