@@ -38,7 +38,7 @@ def decide_caches(model: nn.Module, served: ServedModel, vllm_config: Any) -> bo
             tensor.name: f"{path}.{NAME}.{suffix}" for suffix, tensor in quant.stored[0].tensors.items()
         }
         quantised[getattr(layers[path], "layer_name", path)] = layers[path]
-    for path, layer in layers.items():
+    for layer in layers.values():
         target = quantised.get(getattr(layer, "kv_sharing_target_layer_name", None) or "")
         if target is not None:  # it reads the target's pages, and writes none
             _compute_with(layer, target)
