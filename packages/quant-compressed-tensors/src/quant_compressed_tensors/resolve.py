@@ -111,7 +111,8 @@ class Resolver:
             if isinstance(kind, QuantError):
                 problems[group] = kind
                 continue
-            said = replace(form, weight=kind.form.weight, input=kind.form.input)
+            alike = kind.form
+            said = replace(form, weight=alike.weight, input=alike.input, spelling=alike.spelling)
             return Answer(kind.quant_type, said, evidence, f"{group}, by {target!r}", group)
         if len(problems) == 1:
             raise next(iter(problems.values()))

@@ -25,6 +25,9 @@ SUFFIXES: Mapping[str, str | None] = {
     "weight_shape": None,
 }
 
+#: Where they are absent, messages must name them too.
+_ZERO_POINTS = {canonical: suffix for suffix, canonical in SUFFIXES.items() if canonical and "zero_point" in suffix}
+
 #: What only quantised linear layers store, by canonical suffix.
 _BESIDE = frozenset(
     [
@@ -32,6 +35,8 @@ _BESIDE = frozenset(
         *("input_scale", "input_offset", "input_global_scale"),
     ]
 )
+#: What layers store whose outputs are quantised; old writers meant caches by it.
+OUTPUTS = frozenset(["output_scale", "output_zero_point"])
 #: What only attention layers store whose cache or query is quantised.
 ATTENTION = frozenset(
     f"{part}_{kind}" for part in ("q", "k", "v", "kv") for kind in ("scale", "zero_point", "global_scale")
@@ -64,7 +69,12 @@ def stated(form: StoredForm, scheme: "QuantizationScheme", file_format: str) -> 
     packed = form.dtype("weight", torch.int8) == torch.int32
     if not form:
         packed = str(scheme.format or file_format) in _PACKED_FORMATS
-    return replace(form, weight=_weight(form, scheme.weights, packed), input=_input(scheme.input_activations))
+    return replace(
+        form,
+        weight=_weight(form, scheme.weights, packed),
+        input=_input(scheme.input_activations),
+        spelling={**_ZERO_POINTS, **form.spelling},
+    )
 
 
 def _weight(form: StoredForm, args: "QuantizationArgs", packed: bool) -> WeightForm:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from quant_compressed_tensors.resolve import EXPERTS, Answer, Resolver, is_expert
 from quant_compressed_tensors.section import Section
-from quant_compressed_tensors.stating import ATTENTION, is_quantised
+from quant_compressed_tensors.stating import ATTENTION, OUTPUTS, is_quantised
 from quant_compressed_tensors.unserved import asks_nothing, unserved_parts
 from quant_core import CheckpointError, CheckpointFolder, Finding, LayerQuant, LoadError, QuantError, StoredForm
 from quant_core.errors import listing
@@ -66,9 +66,11 @@ def _shapes_alone(folder: CheckpointFolder, modules: Mapping[str, StoredForm]) -
 
 def _stray_cache_scales(section: Section, modules: Mapping[str, StoredForm]) -> Iterator[Finding]:
     """Scales of a cache that the section does not mention."""
-    if not asks_nothing(section.raw.get("kv_cache_scheme")) or any(s.weights is None for s in section.groups.values()):
+    schemes = section.groups.values()
+    if not asks_nothing(section.raw.get("kv_cache_scheme")) or any(scheme.weights is None for scheme in schemes):
         return
-    stray = [t for form in modules.values() for suffix, t in form.tensors.items() if suffix in ATTENTION]
+    suffixes = ATTENTION if any(scheme.output_activations for scheme in schemes) else ATTENTION | OUTPUTS
+    stray = [t for form in modules.values() for suffix, t in form.tensors.items() if suffix in suffixes]
     if stray:
         yield Finding(
             f"the files hold {len(stray)} scales of a quantised cache, and config.json has no kv_cache_scheme",
