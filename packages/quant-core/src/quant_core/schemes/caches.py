@@ -1,5 +1,6 @@
 """Quantised key/value caches: keys and values are kept in pages of 8 bits, and attended to as they lie there."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ class QuantisedPages(AscendAttentionScheme):
             tensor, size = form.tensors.get(name), heads[name[0]]
             counts = {"channel": sizes.num_kv_heads * size, "head": sizes.num_kv_heads, "tensor": 1}
             wanted = counts[self.kept.strategy]
-            if tensor is None or param.shape != tensor.shape or tensor.shape.numel() != wanted:
+            if tensor is None or param.shape != tensor.shape or math.prod(tensor.shape) != wanted:
                 found = f"{form.name_of(name)} is absent"
                 if tensor is not None:
                     found = f"{tensor.name} in {tensor.file} is {list(tensor.shape)}"
