@@ -94,3 +94,8 @@ def run_python() -> Callable[..., str]:
         return done.stdout + done.stderr
 
     return run
+
+
+@pytest.fixture(params=["torch"])
+def each_pages_path(request: pytest.FixtureRequest) -> None:
+    """Runs a test with the native code for pages and without."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quant_core.ops import expert_shapes, grouped_shapes, shapes
+from quant_core.ops import expert_shapes, grouped_shapes, pages, shapes
 from quant_core.ops.cpu import (
     activate_quant,
     activation,
@@ -127,3 +127,4 @@ def _register() -> None:
 
 torch_npu_status = _import_torch_npu()
 _register()
+pages.register()
