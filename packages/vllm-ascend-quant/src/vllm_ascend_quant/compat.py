@@ -166,6 +166,13 @@ def has_cpu_attention(layer: Any) -> bool:
     return type(layer.impl) is backend.CPUAttentionBackendImpl and layer.attn_type == "decoder"
 
 
+def has_cpu_latent_attention(layer: Any) -> bool:
+    """Whether a layer's latent attention is the plain one of vLLM's CPU build."""
+    if importlib.util.find_spec("vllm.v1.attention.backends.mla.cpu_mla") is None:
+        return False
+    return type(layer.impl) is importlib.import_module("vllm.v1.attention.backends.mla.cpu_mla").CPUMLAImpl
+
+
 def is_elsewhere(model: "nn.Module", path: str) -> bool:
     """Whether another pipeline-parallel rank holds what stands at a path."""
     missing = importlib.import_module("vllm.model_executor.models.utils").PPMissingLayer
