@@ -20,7 +20,7 @@ from quant_modelslim.type_names import ATTENTION_SCHEMES, CACHE_SUFFIXES, FLOAT_
 
 _PROJECTIONS = {"k_proj": "k", "v_proj": "v"}
 
-#: Below an attention module whose query, keys and values are quantised; of latent attention both the last are the latent.
+#: Below an attention module whose query, keys and values are quantised; in latent attention both last are the latent.
 _COMPUTED = {"fa_q": "q", "fa_k": "k", "fa_v": "v"}
 
 

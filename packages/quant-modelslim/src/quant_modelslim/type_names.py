@@ -14,10 +14,10 @@ PACKED_ALONG: dict[str, Literal[0, 1]] = {"W4A16": 1, "W4A8_DYNAMIC": 0}
 #: What belongs to a type beside its weight, without which it would be another type.
 TRANSFORMS: dict[str, tuple[str, ...]] = {"W8A8_SVD_DYNAMIC": ("low_rank",), "W4A4_MXFP4_SVD": ("low_rank",)}
 
-#: Tensors beside k_proj and v_proj that belong to the cache of keys and values.
+#: The scheme for what `<attn>.quant_type` says, where that is called otherwise.
 ATTENTION_SCHEMES = {"INT8": "FAKQuant"}
 
-#: What a cache of keys or of values stores beside their projection.
+#: Tensors beside k_proj and v_proj that belong to the cache of keys and values.
 CACHE_SUFFIXES = ("kv_cache_scale", "kv_cache_offset")
 
 #: Types that cannot be served from what is stored, unless somebody registers a scheme: why.

@@ -53,7 +53,7 @@ class Wrapped(NamedTuple):
 
 #: Installed in every process: they see a model before it is known to be ours.
 ALWAYS = {
-    "named": Wrapped(compat.CREATE_ENGINE_CONFIG, "front:named"),
+    "configured": Wrapped(compat.CREATE_ENGINE_CONFIG, "front:configured"),
     "detect": Wrapped(compat.CREATE_MODEL_CONFIG, "front:detect"),
     "draft": Wrapped(compat.CREATE_DRAFT_CONFIG, "front:draft"),
     "download": Wrapped(compat.GET_QUANT_CONFIG, "front:download"),

@@ -19,7 +19,7 @@ _LARGEST = 127
 @register_scheme("FAKQuant", "attention")
 @register_scheme("FAQuant", "attention")
 class AscendFAKQuantAttentionMethod(AscendAttentionScheme):
-    """Scores are q̂ · ĉ + q_rotary · k_rotary, the output Σ p · ĉ, with ĉ = k_scale · clamp(rint(c / k_scale), -128, 127).
+    """Scores are q̂ · ĉ + q_rotary · k_rotary, outputs Σ p · ĉ, with ĉ = k_scale · clamp(rint(c / k_scale), -128, 127).
 
     c is the normalised latent, key and value at once. q is the query folded into the latent space, quantised to int8
     for each token and head: q̂ = s · rint(q / s), s = max|q| / 127. The probabilities p stay float.
@@ -43,9 +43,9 @@ class AscendFAKQuantAttentionMethod(AscendAttentionScheme):
         """Latent attention alone."""
         assert isinstance(context, AttentionContext)
         reasons = super().can_serve(context)
-        return (
-            reasons if context.sizes.latent else [*reasons, "it is for latent attention (MLA), and this layer has none"]
-        )
+        if not context.sizes.latent:
+            reasons.append("it is for latent attention (MLA), which this layer has not")
+        return reasons
 
     def params(self) -> dict[str, Param]:
         """Scales and offsets of all three, as they are stored."""
