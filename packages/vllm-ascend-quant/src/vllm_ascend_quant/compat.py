@@ -216,6 +216,7 @@ GET_QUANT_CONFIG = "vllm.model_executor.model_loader.weight_utils:get_quant_conf
 INITIALIZE_MODEL = "vllm.model_executor.model_loader.base_loader:initialize_model"
 PROCESS_WEIGHTS = "vllm.model_executor.model_loader.base_loader:process_weights_after_loading"
 FINALIZE_RELOAD = "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing"
+CALL_WORKERS = "vllm.v1.engine.core:EngineCore.collective_rpc"
 START_ENGINES = "vllm.v1.engine.utils:CoreEngineProcManager.__init__"
 LOAD_MODEL = "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"
 WAIT_FOR_ENGINES = "vllm.v1.engine.utils:wait_for_engine_startup"

@@ -34,7 +34,7 @@ def decide_caches(model: nn.Module, served: ServedModel, vllm_config: Any) -> bo
         if path is None:
             continue
         _take_over(path, layers[path], quant, served, vllm_config)
-        served.layers[path] = quant
+        served.caches[path] = quant
         served.cache_tensors |= {
             tensor.name: f"{path}.{NAME}.{suffix}" for suffix, tensor in quant.stored[0].tensors.items()
         }

@@ -58,6 +58,7 @@ ALWAYS = {
     "draft": Wrapped(compat.CREATE_DRAFT_CONFIG, "front:draft"),
     "download": Wrapped(compat.GET_QUANT_CONFIG, "front:download"),
     "built": Wrapped(compat.INITIALIZE_MODEL, "building:build"),
+    "emptied": Wrapped(compat.CALL_WORKERS, "serving:call_workers"),
     "started": Wrapped(compat.START_ENGINES, "failures:start_engines"),
     "noted": Wrapped(compat.LOAD_MODEL, "failures:load_model"),
     "waited": Wrapped(compat.WAIT_FOR_ENGINES, "failures:wait_for_engines"),
