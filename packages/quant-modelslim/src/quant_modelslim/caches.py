@@ -15,10 +15,13 @@ from quant_core import (
     WeightForm,
 )
 from quant_core.errors import listing
-from quant_modelslim.description import Description
-from quant_modelslim.type_names import CACHE_SUFFIXES, FLOAT_TYPES
+from quant_modelslim.description import ATTENTION_TYPE, Description
+from quant_modelslim.type_names import ATTENTION_SCHEMES, CACHE_SUFFIXES, FLOAT_TYPES
 
 _PROJECTIONS = {"k_proj": "k", "v_proj": "v"}
+
+#: Below an attention module whose query, keys and values are quantised; in latent attention both last are the latent.
+_COMPUTED = {"fa_q": "q", "fa_k": "k", "fa_v": "v"}
 
 
 def quantised_caches(description: Description, folder: CheckpointFolder) -> Mapping[str, LayerQuant]:
@@ -31,8 +34,8 @@ def quantised_caches(description: Description, folder: CheckpointFolder) -> Mapp
     tensors: dict[str, dict[str, StoredTensor]] = {}
     for module, form in folder.modules.items():
         attention, _, last = module.rpartition(".")
-        part = _PROJECTIONS.get(last)
-        for suffix in CACHE_SUFFIXES if part else ():
+        part = _PROJECTIONS.get(last) or _COMPUTED.get(last)
+        for suffix in (CACHE_SUFFIXES if last in _PROJECTIONS else ("scale", "offset")) if part else ():
             if suffix in form.tensors:
                 tensors.setdefault(attention, {})[f"{part}_{suffix.rpartition('_')[2]}"] = form.tensors[suffix]
     claimed = next((t for t in (description.keys.kv_cache_type, description.keys.kv_quant_type) if t), None)
@@ -69,6 +72,11 @@ def _cache(attention: str, tensors: dict[str, StoredTensor], description: Descri
             todo="take description and weights from one run of the tool",
             layer=attention,
         )
+    computed = description.attention_types.get(attention)
+    if computed is not None:
+        entry = Evidence(description.file, f"{attention}.{ATTENTION_TYPE}", computed)
+        form = StoredForm(attention, tensors, weight=WeightForm(strategy="tensor"))
+        return LayerQuant(ATTENTION_SCHEMES.get(computed, computed), (attention,), (form,), (entry, *evidence))
     symmetric = not any(name.endswith("_offset") for name in tensors)
     form = StoredForm(attention, tensors, weight=WeightForm(strategy="channel", symmetric=symmetric))
     return LayerQuant(evidence[0].value, (attention,), (form,), tuple(evidence))

@@ -144,8 +144,11 @@ class QuantisedPages(AscendAttentionScheme):
     @classmethod
     def can_serve(cls, context: LayerContext) -> list[str]:
         """The device's reasons, and those of the form that is stated."""
+        assert isinstance(context, AttentionContext)
         stated = context.form.weight or cls.stores
         reasons = super().can_serve(context)
+        if context.sizes.latent:
+            reasons.append(f"{cls.__name__} keeps keys and values, and latent attention (MLA) has neither")
         if (stated.type, stated.num_bits) != (cls.stores.type, cls.stores.num_bits):
             reasons.append(f"{cls.__name__} has no {stated.type}{stated.num_bits} cache, which the format states")
         if stated.strategy not in cls.strategies:
@@ -174,25 +177,13 @@ class QuantisedPages(AscendAttentionScheme):
 
     def problems(self) -> Iterator[Finding]:
         """Scales that are absent, or of another length than the heads of the model."""
-        form, sizes = self.context.form, self.context.sizes
+        sizes = self.context.sizes
         heads = {"k": sizes.head_size, "v": sizes.value_head_size}
-        for name, param in self.params().items():
-            tensor, size = form.tensors.get(name), heads[name[0]]
+        for name in self.params():
+            size = heads[name[0]]
             counts = {"channel": sizes.num_kv_heads * size, "head": sizes.num_kv_heads, "tensor": 1}
-            wanted = counts[self.kept.strategy]
-            if tensor is None or param.shape != tensor.shape or math.prod(tensor.shape) != wanted:
-                found = f"{form.name_of(name)} is absent"
-                if tensor is not None:
-                    found = f"{tensor.name} in {tensor.file} is {list(tensor.shape)}"
-                yield Finding(
-                    f"{self.context.name}: the files do not hold what a quantised cache needs",
-                    found=found,
-                    expected=f"{wanted} values, per {self.kept.strategy} of {sizes.num_kv_heads} heads of {size}",
-                    todo="check that config.json and weights belong together; otherwise quantise the model again",
-                    layer=self.context.name,
-                    tensor=form.name_of(name),
-                    error=LoadError,
-                )
+            meaning = f"per {self.kept.strategy} of {sizes.num_kv_heads} heads of {size}"
+            yield from misfit(self.context, name, counts[self.kept.strategy], meaning)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """One float32 number for each channel of the heads on this rank."""
@@ -234,6 +225,25 @@ class QuantisedPages(AscendAttentionScheme):
             batch.alibi,
             out,
         )
+
+
+def misfit(context: AttentionContext, name: str, count: int, meaning: str) -> Iterator[Finding]:
+    """What is wrong with a stored tensor that must have so many values; nothing while there are no files."""
+    tensor = context.form.tensors.get(name)
+    if not context.form or (tensor is not None and math.prod(tensor.shape) == count):
+        return
+    found = f"{context.form.name_of(name)} is absent"
+    if tensor is not None:
+        found = f"{tensor.name} in {tensor.file} is {list(tensor.shape)}"
+    yield Finding(
+        f"{context.name}: the files do not hold what a quantised cache needs",
+        found=found,
+        expected=f"{count} values, {meaning}",
+        todo="check that config.json and weights belong together; otherwise quantise the model again",
+        layer=context.name,
+        tensor=context.form.name_of(name),
+        error=LoadError,
+    )
 
 
 def _numbers(layer: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

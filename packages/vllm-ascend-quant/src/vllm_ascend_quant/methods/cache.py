@@ -54,6 +54,8 @@ class AscendKVCacheMethod(QuantizeMethodBase):
         quant: the format's answer about its cache.
         quant_method: the scheme.
         made_up: whether the first weights are made up (`load_format="dummy"`), so that their values mean nothing.
+        restored: whether the scales were processed before they are filled; see files/saved_state.py.
+        absent: nothing that the files lack is handed to the scheme.
 
     """
 
@@ -69,6 +71,8 @@ class AscendKVCacheMethod(QuantizeMethodBase):
         self.name = name
         self.quant = quant
         self.made_up = made_up
+        self.restored = False
+        self.absent: dict[str, torch.Tensor] = {}
         scheme = create_scheme(LayerQuery(name, "attention", sizes=sizes, params_dtype=params_dtype), quant)
         assert isinstance(scheme, AscendAttentionScheme)
         self.quant_method = scheme
@@ -97,6 +101,9 @@ class AscendKVCacheMethod(QuantizeMethodBase):
             LoadError: names what was not loaded, or values that cannot be used.
 
         """
+        if self.restored:
+            self.restored = False
+            return
         stored = stored_parameters(layer)
         if not self.made_up or any(param.filling.filled for param in stored.values()):
             if missing := self.missing(layer):
@@ -112,6 +119,10 @@ class AscendKVCacheMethod(QuantizeMethodBase):
                 compat.make_up(param)
         for param in stored.values():
             param.begin_again()
+        self.make_run_time_form(layer)
+
+    def make_run_time_form(self, layer: nn.Module) -> None:
+        """Let the scheme process what was loaded."""
         self.quant_method.process_weights_after_loading(layer)
 
     def tensor(self, name: str) -> str:

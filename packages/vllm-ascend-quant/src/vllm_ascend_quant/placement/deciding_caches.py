@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -33,7 +34,7 @@ def decide_caches(model: nn.Module, served: ServedModel, vllm_config: Any) -> bo
         if path is None:
             continue
         _take_over(path, layers[path], quant, served, vllm_config)
-        served.layers[path] = quant
+        served.caches[path] = quant
         served.cache_tensors |= {
             tensor.name: f"{path}.{NAME}.{suffix}" for suffix, tensor in quant.stored[0].tensors.items()
         }
@@ -68,11 +69,12 @@ def _path_of(module: str, layers: dict[str, nn.Module], model: nn.Module, served
 
 
 def _take_over(path: str, layer: Any, quant: LayerQuant, served: ServedModel, vllm_config: Any) -> None:
-    if not compat.has_cpu_attention(layer):
+    latent = compat.has_cpu_latent_attention(layer)
+    if not latent and not compat.has_cpu_attention(layer):
         raise LimitError(
             f"{path}: a quantised cache of the type {quant.quant_type} is not served for this kind of attention",
             found=f"{type(layer).__name__} with {type(layer.impl).__name__}",
-            expected="ordinary attention on a CPU",
+            expected="ordinary or latent attention of vLLM's CPU build",
             todo="serve a checkpoint without a quantised cache",
             layer=path,
         )
@@ -84,13 +86,25 @@ def _take_over(path: str, layer: Any, quant: LayerQuant, served: ServedModel, vl
             todo="leave the option out: which layers are quantised is said by the checkpoint",
             layer=path,
         )
-    if layer.head_size != layer.head_size_v:
+    if not latent and layer.head_size != layer.head_size_v:
         raise LimitError(f"{path}: keys of {layer.head_size} and values of {layer.head_size_v} features share no page")
-    sizes = _sizes(layer, quant, vllm_config)
+    sizes = _latent_sizes(layer, vllm_config) if latent else _sizes(layer, quant, vllm_config)
     dtype = vllm_config.model_config.dtype
     method = AscendKVCacheMethod(served.format, path, quant, sizes, dtype, served.made_up)
     layer.add_module(NAME, CacheScales(method))
-    _compute_with(layer, layer)
+    if latent:
+        _compute_latent(layer, dtype)
+    else:
+        _compute_with(layer, layer)
+
+
+def _compute_latent(layer: Any, dtype: torch.dtype) -> None:
+    from vllm_ascend_quant.methods.latent_attention import AscendCPUMLABackend, AscendCPUMLAImpl, keep_bytes
+
+    scales = getattr(layer, NAME)
+    layer.attn_backend, layer.kv_cache_dtype = AscendCPUMLABackend, "auto"
+    layer.impl = AscendCPUMLAImpl.instead_of(layer, scales.quant_method.quant_method, scales, dtype)
+    keep_bytes(layer, dtype)
 
 
 def _compute_with(layer: Any, owner: Any) -> None:
@@ -102,6 +116,17 @@ def _compute_with(layer: Any, owner: Any) -> None:
     layer.kv_cache_torch_dtype, layer.kv_cache_dtype = scheme.cache_dtype, "auto"
     layer.attn_backend = AscendCPUAttentionBackend
     layer.impl = AscendCPUAttentionImpl.instead_of(layer.impl, scheme, scales)
+
+
+def _latent_sizes(layer: Any, vllm_config: Any) -> AttentionSizes:
+    return AttentionSizes(
+        num_heads=layer.num_heads * vllm_config.parallel_config.tensor_parallel_size,
+        num_kv_heads=1,
+        head_size=layer.kv_lora_rank,
+        value_head_size=layer.qk_rope_head_dim,
+        local_heads=(layer.num_heads, 1),
+        latent=True,
+    )
 
 
 def _sizes(layer: Any, quant: LayerQuant, vllm_config: Any) -> AttentionSizes:
