@@ -132,7 +132,8 @@ def _attend_head(
         part = slice(start, min(n, start + step))
         queries = query[part].to(torch.float32)
         scores = (queries * rules.scale) @ keys.t()
-        distance = torch.arange(len(keys)) - torch.arange(position + part.start, position + part.stop)[:, None]
+        places = torch.arange(len(keys), device="cpu")
+        distance = places - torch.arange(position + part.start, position + part.stop, device="cpu")[:, None]
         logits = _masked(scores, distance, rules)
         highest = logits.amax(dim=-1, keepdim=True)
         if rules.sinks is not None:
