@@ -91,6 +91,9 @@ struct Codes {
     return values->const_data_ptr<float>();
   }
 
+  const float* scales_of(int64_t head) const { return scale == nullptr ? nullptr : scale + head * size; }
+  const float* offsets_of(int64_t head) const { return offset == nullptr ? nullptr : offset + head * size; }
+
   // What vectors of these codes must be multiplied by to be the codes.
   float unit() const { return kind == Kind::kE4M3 ? kE4M3Unit : 1.0f; }
 };
@@ -174,6 +177,32 @@ struct Partials {
   int64_t size;
 };
 
+// Multiplies by a factor, and by what each place has of its own if there is such.
+void multiply(float* values, float factor, const float* each, int64_t n) {
+  if (each == nullptr) {
+    for (int64_t i = 0; i < n; ++i) {
+      values[i] *= factor;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    values[i] = values[i] * factor * each[i];
+  }
+}
+
+float sum_of_products(const float* a, const float* b, int64_t n) {
+  Vec sum = Vec::zero();
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    sum = Vec::load(a + i).fma(Vec::load(b + i), sum);
+  }
+  float rest = sum.sum();
+  for (; i < n; ++i) {
+    rest += a[i] * b[i];
+  }
+  return rest;
+}
+
 void load_query(const Problem& p, int64_t token, int64_t head, float* to) {
   const int64_t at = token * p.query_token_stride + head * p.query_head_stride;
   switch (p.query_type) {
@@ -190,13 +219,11 @@ void store_output(const Problem& p, int64_t token, int64_t head, const float* fr
   const int64_t at = token * p.out_token_stride + head * p.out_head_stride, n = p.values.size;
   switch (p.out_type) {
     case at::kFloat:
-      std::copy(from, from + n, reinterpret_cast<float*>(p.out) + at);
-      break;
+      return from_float(from, reinterpret_cast<float*>(p.out) + at, n);
     case at::kBFloat16:
-      std::copy(from, from + n, reinterpret_cast<c10::BFloat16*>(p.out) + at);
-      break;
+      return from_float(from, reinterpret_cast<c10::BFloat16*>(p.out) + at, n);
     default:
-      std::copy(from, from + n, reinterpret_cast<c10::Half*>(p.out) + at);
+      return from_float(from, reinterpret_cast<c10::Half*>(p.out) + at, n);
   }
 }
 
@@ -214,15 +241,14 @@ void finish_row(const Problem& p, const Item& item, int64_t row, float highest, 
     }
   }
   const float each = all > 0 || std::isnan(all) ? 1.0f / all : 0.0f;
-  const float* scale = p.values.scale == nullptr ? nullptr : p.values.scale + item.head * p.values.size;
-  const float* offset = p.values.offset == nullptr ? nullptr : p.values.offset + item.head * p.values.size;
   const float unit = p.values.unit();
-  for (int64_t d = 0; d < p.values.size; ++d) {
-    float value = sum[d] * unit;
-    if (offset != nullptr) {
-      value -= offset[d] * total;
+  if (const float* offset = p.values.offsets_of(item.head)) {
+    for (int64_t d = 0; d < p.values.size; ++d) {
+      sum[d] = sum[d] * unit - offset[d] * total;
     }
-    sum[d] = value * each * (scale == nullptr ? 1.0f : scale[d]);
+    multiply(sum, each, p.values.scales_of(item.head), p.values.size);
+  } else {
+    multiply(sum, each * unit, p.values.scales_of(item.head), p.values.size);
   }
   store_output(p, token, head, sum);
   if (p.lse != nullptr) {
@@ -548,19 +574,16 @@ void row_by_row(const Problem& p, const Item& item, Partials& parts) {
   float* shift = value_buffer + kTile * out_size;
   float* highest = shift + heads;
   float* total = highest + heads;
-  const float* scale = p.keys.scale == nullptr ? nullptr : p.keys.scale + item.head * p.keys.size;
-  const float* offset = p.keys.offset == nullptr ? nullptr : p.keys.offset + item.head * p.keys.size;
+  const float* offset = p.keys.offsets_of(item.head);
   for (int64_t h = 0; h < heads; ++h) {
     float* row = q + h * size;
     load_query(p, item.first_query + query, item.head * p.group + h, row);
     std::fill(row + p.keys.size, row + size, 0.0f);
-    float moved = 0;
-    for (int64_t d = 0; d < p.keys.size; ++d) {
-      row[d] *= p.scale * (scale == nullptr ? 1.0f : scale[d]);
-      moved += offset == nullptr ? 0.0f : row[d] * offset[d];
-      row[d] *= p.keys.unit();
+    multiply(row, p.scale, p.keys.scales_of(item.head), p.keys.size);
+    shift[h] = offset == nullptr ? 0.0f : sum_of_products(row, offset, p.keys.size);
+    if (p.keys.unit() != 1.0f) {
+      multiply(row, p.keys.unit(), nullptr, p.keys.size);
     }
-    shift[h] = moved;
     highest[h] = -kInfinity;
     total[h] = 0;
   }
@@ -604,16 +627,15 @@ constexpr int kAtOnce = 8;
 constexpr int kAtOnce = 4;
 #endif
 
-// out[i][panel] (+)= sum over k of a(i, k) · b[k][panel], for kAtOnce values of i and one panel of rows.
-inline void multiply_panel(
-    const float* a, int64_t a_i, int64_t a_k, const float* b, int64_t b_k, int64_t n, float* out, int64_t out_i, bool add) {
+// out[i] (+)= sum over k of a(i, k) · b[k], for kAtOnce values of i; out and b are rows of a panel.
+inline void multiply_panel(const float* a, int64_t a_i, int64_t a_k, const float* b, int64_t n, float* out, bool add) {
   Vec sums[kAtOnce][2];
   for (int i = 0; i < kAtOnce; ++i) {
-    sums[i][0] = add ? Vec::load(out + i * out_i) : Vec::zero();
-    sums[i][1] = add ? Vec::load(out + i * out_i + kWidth) : Vec::zero();
+    sums[i][0] = add ? Vec::load(out + i * kPanel) : Vec::zero();
+    sums[i][1] = add ? Vec::load(out + i * kPanel + kWidth) : Vec::zero();
   }
   for (int64_t k = 0; k < n; ++k) {
-    const Vec b0 = Vec::load(b + k * b_k), b1 = Vec::load(b + k * b_k + kWidth);
+    const Vec b0 = Vec::load(b + k * kPanel), b1 = Vec::load(b + k * kPanel + kWidth);
     for (int i = 0; i < kAtOnce; ++i) {
       const Vec x = Vec::all(a[i * a_i + k * a_k]);
       sums[i][0] = x.fma(b0, sums[i][0]);
@@ -621,8 +643,8 @@ inline void multiply_panel(
     }
   }
   for (int i = 0; i < kAtOnce; ++i) {
-    sums[i][0].store(out + i * out_i);
-    sums[i][1].store(out + i * out_i + kWidth);
+    sums[i][0].store(out + i * kPanel);
+    sums[i][1].store(out + i * kPanel + kWidth);
   }
 }
 
@@ -652,21 +674,20 @@ void decode_block(const Places& places, const Item& item, int64_t token, int64_t
   std::fill(to + n * padded, to + kBlockTokens * padded, 0.0f);
 }
 
-// Scores [tokens][rows] become weights, sums so far are shrunk; lanes are rows.
-void soften_block(
-    const Problem& p, const Item& item, int64_t token, int64_t n, int64_t rows, const float* low, const float* high,
-    const float* slopes, const float* positions, float* scores, float* sums, int64_t out_size, float* highest, float* total) {
+// Scores [tokens][kPanel] become weights, sums so far are shrunk; lanes are rows.
+void soften_panel(
+    const Problem& p, const Item& item, int64_t token, int64_t n, const float* low, const float* high, const float* slopes,
+    const float* positions, float* scores, float* sums, int64_t out_size, float* highest, float* total) {
   // Only where some row does not see some token are bounds looked at.
   const int64_t first = item.position + item.row / p.group, last = item.position + (item.row + item.rows - 1) / p.group;
   const bool bounds = (p.right >= 0 && token + n - 1 > first + p.right) || (p.left >= 0 && token < last - p.left);
   const Vec hidden = Vec::all(-kInfinity);
-  for (int64_t r = 0; r < rows; r += kWidth) {
-    const Vec from = Vec::load(low + r), to = Vec::load(high + r);
-    Vec top = Vec::load(highest + r);
-    const Vec before = top;
+  for (int64_t r = 0; r < kPanel; r += kWidth) {
+    const Vec from = Vec::load(low + r), to = Vec::load(high + r), before = Vec::load(highest + r);
+    Vec top = before;
     for (int64_t t = 0; t < n; ++t) {
       const Vec place = Vec::all(static_cast<float>(token + t));
-      Vec s = Vec::load(scores + t * rows + r);
+      Vec s = Vec::load(scores + t * kPanel + r);
       if (p.softcap > 0) {
         s = tanh(s / Vec::all(p.softcap)) * Vec::all(p.softcap);
       }
@@ -676,7 +697,7 @@ void soften_block(
       if (bounds) {
         s = place.inside(s, from, to, hidden);
       }
-      s.store(scores + t * rows + r);
+      s.store(scores + t * kPanel + r);
       top = top.max(s);
     }
     // A row that has seen nothing yet: any number will do instead of -infinity, whose difference is NaN.
@@ -685,17 +706,14 @@ void soften_block(
     const Vec shrink = exp(lowest.max(before) - base);
     Vec sum = Vec::load(total + r) * shrink;
     for (int64_t t = 0; t < n; ++t) {
-      const Vec w = exp(Vec::load(scores + t * rows + r) - base);
-      w.store(scores + t * rows + r);
+      const Vec w = exp(Vec::load(scores + t * kPanel + r) - base);
+      w.store(scores + t * kPanel + r);
       sum = sum + w;
-    }
-    for (int64_t t = n; t < kBlockTokens; ++t) {
-      Vec::zero().store(scores + t * rows + r);
     }
     sum.store(total + r);
     top.store(highest + r);
     for (int64_t d = 0; d < out_size; ++d) {
-      (Vec::load(sums + d * rows + r) * shrink).store(sums + d * rows + r);
+      (Vec::load(sums + d * kPanel + r) * shrink).store(sums + d * kPanel + r);
     }
   }
 }
@@ -703,17 +721,17 @@ void soften_block(
 void in_blocks(const Problem& p, const Item& item, Partials& parts) {
   const int64_t size = up(p.keys.size, kPad), out_size = up(p.values.size, kPad), rows = up(item.rows, kPanel);
   float* memory = scratch.floats(
-      rows * (size + kBlockTokens + out_size + 6) + kBlockTokens * (size + out_size) + std::max(size, out_size));
-  float* queries = memory;  // [size][rows]
+      rows * (size + kBlockTokens + out_size + 6) + kBlockTokens * (size + out_size) + 4 * std::max(size, out_size));
+  // What has rows as lanes lies panel by panel: [panels][size or tokens][kPanel].
+  float* queries = memory;
   float* scores = queries + size * rows;
-  float* sums = scores + kBlockTokens * rows;  // [out_size][rows]
+  float* sums = scores + kBlockTokens * rows;
   float* keys = sums + out_size * rows;
   float* values = keys + kBlockTokens * size;
-  float* low = values + kBlockTokens * out_size;
+  float* four = values + kBlockTokens * out_size;  // four rows as they are
+  float* low = four + 4 * std::max(size, out_size);
   float *high = low + rows, *slopes = high + rows, *positions = slopes + rows, *highest = positions + rows;
-  float *total = highest + rows, *row = total + rows;
-  const float* scale = p.keys.scale == nullptr ? nullptr : p.keys.scale + item.head * p.keys.size;
-  std::fill(queries, queries + size * rows, 0.0f);
+  float* total = highest + rows;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = item.row + std::min(r, item.rows - 1), head = item.head * p.group + at % p.group;
     const int64_t position = item.position + at / p.group;
@@ -723,11 +741,14 @@ void in_blocks(const Problem& p, const Item& item, Partials& parts) {
     slopes[r] = p.alibi.empty() ? 0.0f : p.alibi[head];
     highest[r] = -kInfinity;
     total[r] = 0;
+    float* row = four + r % 4 * size;
+    std::fill(row, row + size, 0.0f);
     if (r < item.rows) {
       load_query(p, item.first_query + at / p.group, head, row);
-      for (int64_t d = 0; d < p.keys.size; ++d) {
-        queries[d * rows + r] = row[d] * p.scale * (scale == nullptr ? 1.0f : scale[d]);
-      }
+      multiply(row, p.scale, p.keys.scales_of(item.head), p.keys.size);
+    }
+    if (r % 4 == 3) {
+      transpose_4(four, size, size, queries + r / kPanel * size * kPanel + r % kPanel - 3, kPanel);
     }
   }
   std::fill(sums, sums + out_size * rows, 0.0f);
@@ -737,25 +758,38 @@ void in_blocks(const Problem& p, const Item& item, Partials& parts) {
     decode_block(key_places, item, token, n, size, keys);
     decode_block(value_places, item, token, n, out_size, values);
     for (int64_t r = 0; r < rows; r += kPanel) {
-      for (int64_t t = 0; t < up(n, kAtOnce); t += kAtOnce) {
-        multiply_panel(keys + t * size, size, 1, queries + r, rows, size, scores + t * rows + r, rows, false);
+      float *panel_scores = scores + r * kBlockTokens, *panel_sums = sums + r * out_size;
+      for (int64_t t = 0; t < n; t += kAtOnce) {
+        multiply_panel(keys + t * size, size, 1, queries + r * size, size, panel_scores + t * kPanel, false);
       }
-    }
-    soften_block(p, item, token, n, rows, low, high, slopes, positions, scores, sums, out_size, highest, total);
-    for (int64_t r = 0; r < rows; r += kPanel) {
+      soften_panel(
+          p, item, token, n, low + r, high + r, slopes + r, positions + r, panel_scores, panel_sums, out_size, highest + r,
+          total + r);
       for (int64_t d = 0; d < out_size; d += kAtOnce) {
-        multiply_panel(values + d, 1, out_size, scores + r, rows, n, sums + d * rows + r, rows, true);
+        multiply_panel(values + d, 1, out_size, panel_scores, n, panel_sums + d * kPanel, true);
       }
     }
   }
   // Offsets have been subtracted already, and codes are not divided: undo what finish_row will do.
   const float shrink = 1.0f / p.values.unit();
-  const float* offset = p.values.offset == nullptr ? nullptr : p.values.offset + item.head * p.values.size;
-  for (int64_t r = 0; r < item.rows; ++r) {
-    for (int64_t d = 0; d < p.values.size; ++d) {
-      row[d] = (sums[d * rows + r] + (offset == nullptr ? 0.0f : offset[d] * total[r])) * shrink;
+  const float* offset = p.values.offsets_of(item.head);
+  for (int64_t r = 0; r < item.rows; r += 4) {
+    const float* panel = sums + r / kPanel * kPanel * out_size + r % kPanel;
+    for (int64_t d = 0; d < out_size; d += 4) {
+      transpose_4(panel + d * kPanel, kPanel, 4, four + d, out_size);
     }
-    finish(p, item, item.row + r, highest[r], total[r], row, parts);
+    for (int64_t i = 0; i < 4 && r + i < item.rows; ++i) {
+      float* row = four + i * out_size;
+      if (offset != nullptr) {
+        for (int64_t d = 0; d < p.values.size; ++d) {
+          row[d] += offset[d] * total[r + i];
+        }
+      }
+      if (shrink != 1.0f) {
+        multiply(row, shrink, nullptr, p.values.size);
+      }
+      finish(p, item, item.row + r + i, highest[r + i], total[r + i], row, parts);
+    }
   }
 }
 

@@ -75,6 +75,16 @@ struct Vec {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
+  void to(float* p) const { store(p); }
+  void to(c10::Half* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  void to(c10::BFloat16* p) const {
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __m512i all = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
+  }
   // this · b + c
   Vec fma(Vec b, Vec c) const { return {_mm512_fmadd_ps(v, b.v, c.v)}; }
   Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
@@ -120,6 +130,18 @@ struct Vec {
   static Vec from(const c10::BFloat16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  void to(float* p) const { store(p); }
+  void to(c10::Half* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  void to(c10::BFloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i all = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    const __m128i low = _mm256_castsi256_si128(all), high = _mm256_extracti128_si256(all, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
   }
   Vec fma(Vec b, Vec c) const { return {_mm256_fmadd_ps(v, b.v, c.v)}; }
   Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
@@ -179,6 +201,12 @@ struct Vec {
   template <class T>
   static Vec from(const T* p) {
     return each([&](int i) { return static_cast<float>(p[i]); });
+  }
+  template <class T>
+  void to(T* p) const {
+    for (int i = 0; i < 8; ++i) {
+      p[i] = static_cast<T>(v[i]);
+    }
   }
   Vec fma(Vec b, Vec c) const {
     return each([&](int i) { return v[i] * b.v[i] + c.v[i]; });
@@ -253,6 +281,38 @@ void to_float(const T* from, float* to, int64_t n) {
   }
   for (; i < n; ++i) {
     to[i] = static_cast<float>(from[i]);
+  }
+}
+
+template <class T>
+void from_float(const float* from, T* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) {
+    Vec::load(from + i).to(to + i);
+  }
+  for (; i < n; ++i) {
+    to[i] = static_cast<T>(from[i]);
+  }
+}
+
+// to[c][r] = from[r][c] for four rows; columns are a multiple of four.
+inline void transpose_4(const float* from, int64_t from_row, int64_t columns, float* to, int64_t to_row) {
+  for (int64_t c = 0; c < columns; c += 4) {
+#if defined(QUANT_CORE_AVX512) || defined(QUANT_CORE_AVX2)
+    __m128 r0 = _mm_loadu_ps(from + c), r1 = _mm_loadu_ps(from + from_row + c);
+    __m128 r2 = _mm_loadu_ps(from + 2 * from_row + c), r3 = _mm_loadu_ps(from + 3 * from_row + c);
+    _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+    _mm_storeu_ps(to + c * to_row, r0);
+    _mm_storeu_ps(to + (c + 1) * to_row, r1);
+    _mm_storeu_ps(to + (c + 2) * to_row, r2);
+    _mm_storeu_ps(to + (c + 3) * to_row, r3);
+#else
+    for (int64_t i = 0; i < 4; ++i) {
+      for (int64_t r = 0; r < 4; ++r) {
+        to[(c + i) * to_row + r] = from[r * from_row + c + i];
+      }
+    }
+#endif
   }
 }
 
