@@ -94,8 +94,8 @@ struct Codes {
   const float* scales_of(int64_t head) const { return scale == nullptr ? nullptr : scale + head * size; }
   const float* offsets_of(int64_t head) const { return offset == nullptr ? nullptr : offset + head * size; }
 
-  // What vectors of these codes must be multiplied by to be the codes.
-  float unit() const { return kind == Kind::kE4M3 ? kE4M3Unit : 1.0f; }
+  // What vectors of these codes must be multiplied by twice to be the codes.
+  float unit() const { return kind == Kind::kE4M3 ? kE4M3Half : 1.0f; }
 };
 
 template <class T>
@@ -133,11 +133,11 @@ void decode_row(Kind kind, const uint8_t* row, float* to, int64_t n) {
 }
 
 bool has_nan(const uint8_t* codes, int64_t n) {
-  uint8_t found = 0;
+  uint8_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    found |= static_cast<uint8_t>((codes[i] & 0x7f) == 0x7f);
+    largest = std::max(largest, static_cast<uint8_t>(codes[i] & 0x7f));
   }
-  return found != 0;
+  return largest == 0x7f;
 }
 
 struct Problem {
@@ -466,7 +466,7 @@ struct Readable {
       float* row = buffer + i * padded;
       decode_row(codes.kind, rows[i], row, codes.size);
       for (int64_t d = 0; d < codes.size; ++d) {
-        row[d] *= shrink;
+        row[d] = row[d] * shrink * shrink;
       }
       std::fill(row + codes.size, row + padded, 0.0f);
       rows[i] = reinterpret_cast<const uint8_t*>(row);
@@ -522,14 +522,14 @@ void heads_at_once(int64_t heads, F f) {
 float soften(const Problem& p, float* scores, int64_t n, int64_t distance, float shift, int64_t head, float& highest, float& total) {
   const int64_t padded = up(n, kWidth);
   std::fill(scores + n, scores + padded, -kInfinity);
-  if (shift != 0 || p.softcap > 0 || !p.alibi.empty()) {
+  if (shift != 0 || p.softcap > 0 || !p.alibi.empty() || p.keys.unit() != 1.0f) {
     const float slope = p.alibi.empty() ? 0.0f : p.alibi[head];
     alignas(64) float steps[kWidth];
     for (int i = 0; i < kWidth; ++i) {
       steps[i] = static_cast<float>(i);
     }
     for (int64_t i = 0; i < n; i += kWidth) {
-      Vec s = Vec::load(scores + i) - Vec::all(shift);
+      Vec s = Vec::load(scores + i).fma(Vec::all(p.keys.unit()), Vec::all(-shift));
       if (p.softcap > 0) {
         s = tanh(s / Vec::all(p.softcap)) * Vec::all(p.softcap);
       }
@@ -552,7 +552,7 @@ float soften(const Problem& p, float* scores, int64_t n, int64_t distance, float
   Vec sum = Vec::zero();
   for (int64_t i = 0; i < padded; i += kWidth) {
     const Vec w = exp(Vec::load(scores + i) - Vec::all(now));
-    w.store(scores + i);
+    (w * Vec::all(p.values.unit())).store(scores + i);
     sum = sum + w;
   }
   const float shrink = highest == now ? 1.0f : std::exp(highest - now);
@@ -659,7 +659,7 @@ void decode_block(const Places& places, const Item& item, int64_t token, int64_t
     float* row = to + i * padded;
     if (vectors) {
       for (int64_t d = 0; d < codes.size; d += kWidth) {
-        (Vec::e4m3(rows[i] + d) * Vec::all(kE4M3Unit)).store(row + d);
+        (Vec::e4m3(rows[i] + d) * Vec::all(kE4M3Half) * Vec::all(kE4M3Half)).store(row + d);
       }
     } else {
       decode_row(codes.kind, rows[i], row, codes.size);
@@ -880,6 +880,7 @@ void merge(const Problem& p, const Merge& m, Partials& parts) {
 template <class F>
 void each(int64_t count, bool parallel, F f) {
   if (!parallel || count < 2) {
+    [[maybe_unused]] const Subnormals subnormals;
     for (int64_t i = 0; i < count; ++i) {
       f(i);
     }
@@ -887,6 +888,7 @@ void each(int64_t count, bool parallel, F f) {
   }
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    [[maybe_unused]] const Subnormals subnormals;
     for (int64_t i = next++; i < count; i = next++) {
       f(i);
     }

@@ -24,8 +24,10 @@
 
 namespace {
 
-// FP8 E4M3 values come out of vectors divided by this: their bits then are those of a float16, subnormal ones too.
-constexpr float kE4M3Unit = 256.0f;
+// FP8 E4M3 values come out of vectors divided by the square of this: their bits then are those of a float32, with the
+// exponents of its smallest numbers. So subnormal numbers must count (Subnormals, below), and half of it is multiplied
+// into the other factor, so that products are of usual size.
+constexpr float kE4M3Half = 0x1p60f;
 
 inline float bits_to_float(uint32_t bits) {
   float value;
@@ -62,10 +64,10 @@ struct Vec {
   static Vec int8(const uint8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
   }
-  static Vec e4m3(const uint8_t* p) {  // divided by kE4M3Unit; NaN comes out as a number
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-    return {_mm512_cvtph_ps(half)};
+  static Vec e4m3(const uint8_t* p) {  // divided; NaN comes out as a number
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(wide, 20), _mm512_set1_epi32(static_cast<int>(0x87f00000)));
+    return {_mm512_castsi512_ps(bits)};
   }
   static Vec from(const float* p) { return load(p); }
   static Vec from(const c10::Half* p) {
@@ -121,9 +123,9 @@ struct Vec {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
   }
   static Vec e4m3(const uint8_t* p) {
-    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
-    return {_mm256_cvtph_ps(half)};
+    const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i bits = _mm256_and_si256(_mm256_slli_epi32(wide, 20), _mm256_set1_epi32(static_cast<int>(0x87f00000)));
+    return {_mm256_castsi256_ps(bits)};
   }
   static Vec from(const float* p) { return load(p); }
   static Vec from(const c10::Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
@@ -196,7 +198,7 @@ struct Vec {
     return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
   }
   static Vec e4m3(const uint8_t* p) {
-    return each([&](int i) { return e4m3_to_float(p[i]) * (1.0f / kE4M3Unit); });
+    return each([&](int i) { return e4m3_to_float(p[i]) / kE4M3Half / kE4M3Half; });
   }
   template <class T>
   static Vec from(const T* p) {
@@ -255,6 +257,20 @@ struct Vec {
 };
 
 #endif
+
+// While it lives, subnormal numbers of this thread are what they are, whatever torch.set_flush_denormal says.
+class Subnormals {
+#if defined(QUANT_CORE_AVX512) || defined(QUANT_CORE_AVX2)
+ public:
+  Subnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
+  ~Subnormals() { _mm_setcsr(before_); }
+  Subnormals(const Subnormals&) = delete;
+  Subnormals& operator=(const Subnormals&) = delete;
+
+ private:
+  unsigned before_;
+#endif
+};
 
 // e to the power of x <= 0; 0 below -87; NaN stays one.
 inline Vec exp(Vec x) {

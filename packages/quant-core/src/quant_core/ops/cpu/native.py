@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,10 @@ class UnavailableError(Exception):
 
 
 def flags() -> list[str]:
-    """What the source is compiled with for this processor, or the older one that ATEN_CPU_CAPABILITY asks for."""
+    """What the source is compiled with for this processor, or the older one that ATEN_CPU_CAPABILITY asks for.
+
+    CXXFLAGS are added, as whoever sets them expects.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     chosen = next((names for name, names in _SETS.items() if capability.startswith(name)), ())
     linux = ["-fopenmp"] if sys.platform == "linux" else []
@@ -52,6 +56,7 @@ def flags() -> list[str]:
         *(f"-m{name}" for name in chosen),
         *wide,
         *linux,
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
 
 
