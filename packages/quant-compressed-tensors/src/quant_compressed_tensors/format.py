@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import ClassVar, Self
 
+from quant_compressed_tensors.caches import OWNED_BY_CACHES, quantised_caches
 from quant_compressed_tensors.resolve import Answer, Resolver
 from quant_compressed_tensors.section import NAME, Section, find_section
 from quant_compressed_tensors.stating import SUFFIXES
@@ -78,18 +79,19 @@ class CompressedTensorsFormat(QuantFormat):
 
     def canonical_suffixes(self, form: StoredForm) -> Mapping[str, str | None]:
         """See stating.py."""
-        return {suffix: canonical for suffix, canonical in SUFFIXES.items() if suffix in form.tensors}
+        own = {suffix: canonical for suffix, canonical in SUFFIXES.items() if suffix in form.tensors}
+        if self.section.cache is None:
+            return own
+        return own | dict.fromkeys(OWNED_BY_CACHES.intersection(form.tensors))
 
     def layer_quant(self, query: LayerQuery) -> LayerQuant:
-        """The type of the modules that the layer stands for, which must agree; caches are float.
+        """The type of the modules that the layer stands for, which must agree.
 
         Raises:
             UnknownLayerError: if the checkpoint has none of them.
             LayerResolutionError: if they disagree or are only partly there, or a module fits no group.
 
         """
-        if query.layer_type == "attention":
-            return LayerQuant(None, query.modules or (query.name,), reason="the section names no kv_cache_scheme")
         modules = query.modules or self._names.find(query.name, query.packed_modules) or (query.name,)
         known = self.modules
         absent = [module for module in modules if module not in known]
@@ -102,6 +104,11 @@ class CompressedTensorsFormat(QuantFormat):
             )
         answers = {module: self.resolver.of(known.get(module, StoredForm(module)), query) for module in modules}
         return _agreed(query.name, modules, answers)
+
+    @cached_property
+    def caches(self) -> Mapping[str, LayerQuant]:
+        """See caches.py."""
+        return quantised_caches(self.section, self.folder)
 
     def review(self, decisions: Mapping[str, LayerQuant]) -> Iterable[Finding]:
         """Targets and entries of `ignore` that match nothing, and what is float although a target matches it."""

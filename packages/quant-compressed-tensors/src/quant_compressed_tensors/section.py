@@ -16,7 +16,7 @@ from quant_core.errors import listing
 
 # The library imports transformers, which takes seconds: only when a folder is in this format.
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 #: The format's name, and what `quant_method` says.
 NAME = "compressed-tensors"
@@ -57,6 +57,7 @@ class Section:
         groups: the schemes by the name of their group, in the order of the file.
         ignore: names and patterns of modules that stay float.
         format: how all groups are stored that do not say it themselves.
+        cache: how keys and values are kept in a cache; None for a float one.
         raw: what config.json has.
 
     """
@@ -65,6 +66,7 @@ class Section:
     groups: Mapping[str, "QuantizationScheme"]
     ignore: tuple[str, ...]
     format: str
+    cache: "QuantizationArgs | None"
     raw: Mapping[str, Any]
 
     @classmethod
@@ -88,7 +90,7 @@ class Section:
         plain = _without_dialect(raw)
         config = _parsed(plain, place, raw)
         groups = {name: scheme for name, scheme in config.config_groups.items() if not isinstance(scheme, list)}
-        return cls(place, groups, tuple(config.ignore or ()), str(config.format), raw)
+        return cls(place, groups, tuple(config.ignore or ()), str(config.format), config.kv_cache_scheme, raw)
 
     @property
     def target_scheme_map(self) -> dict[str, dict[str, Any]]:
@@ -153,7 +155,10 @@ def _without_dialect(raw: Mapping[str, Any]) -> dict[str, Any]:
     The order of columns during calibration is left out: newer versions refuse one that older ones wrote, and what it
     changed shows in the tensors.
     """
-    plain = {key: _spelled(value) for key, value in raw.items() if key in KEYS and key != "kv_cache_scheme"}
+    plain = {key: _spelled(value) for key, value in raw.items() if key in KEYS}
+    cache = plain["kv_cache_scheme"] = plain.get("kv_cache_scheme") or None
+    if isinstance(cache, dict) and _known_order(cache.get("actorder")):
+        cache.pop("actorder", None)
     groups = plain.get("config_groups")
     if isinstance(groups, dict):
         for group in groups.values():
@@ -230,7 +235,9 @@ def _complaint(plain: dict[str, Any], place: str, error: Exception) -> str:
     """An exception without a key, with the key at which it is raised again."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
-    parts: dict[str, tuple[Any, Any]] = {}
+    parts: dict[str, tuple[Any, Any]] = {
+        f"{place}.kv_cache_scheme": (QuantizationArgs, plain.get("kv_cache_scheme") or {})
+    }
     for name, group in plain["config_groups"].items():
         key = f"{place}.config_groups.{name}"
         for part in _ARGUMENTS if isinstance(group, dict) else ():

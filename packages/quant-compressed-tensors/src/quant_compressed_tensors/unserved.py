@@ -38,8 +38,6 @@ def unserved_parts(section: Section) -> Iterator[Finding]:
     yield from _unread_formats(section)
     yield from _sparse(section)
     yield from _online_transforms(section)
-    if not asks_nothing(section.raw.get("kv_cache_scheme")):
-        yield _unserved(section.key("kv_cache_scheme"), "a quantised key/value cache", "quantise without it")
     for name, scheme in section.groups.items():
         key = section.key("config_groups", name)
         if scheme.output_activations is not None:

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from quant_compressed_tensors.caches import quantised_caches
 from quant_compressed_tensors.resolve import EXPERTS, Answer, Resolver, is_expert
 from quant_compressed_tensors.section import Section
 from quant_compressed_tensors.stating import ATTENTION, OUTPUTS, is_quantised
@@ -29,6 +30,10 @@ def examine(
     """
     yield from unserved_parts(section)
     yield from _stray_cache_scales(section, modules)
+    try:
+        quantised_caches(section, folder)
+    except QuantError as error:
+        yield from error.findings
     yield from _shapes_alone(folder, modules)
     wrong: dict[int, tuple[QuantError, list[str]]] = {}
     kinds: dict[object, Answer] = {}

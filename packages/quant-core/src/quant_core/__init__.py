@@ -30,7 +30,8 @@ from quant_core.formats import (
 )
 from quant_core.judging import create_scheme
 from quant_core.schemes import params
-from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, Scheme
+from quant_core.schemes.base import AscendLinearScheme, Scheme
+from quant_core.schemes.caches import AscendAttentionScheme, AttentionBatch, Pages
 from quant_core.schemes.context import (
     DOWN,
     GATE_UP,
@@ -56,6 +57,7 @@ __all__ = [
     "AscendAttentionScheme",
     "AscendLinearScheme",
     "AscendMoEScheme",
+    "AttentionBatch",
     "AttentionContext",
     "AttentionSizes",
     "CheckpointError",
@@ -74,6 +76,7 @@ __all__ = [
     "LinearSizes",
     "LoadError",
     "Packing",
+    "Pages",
     "Param",
     "Partition",
     "PlannedFolder",

@@ -112,6 +112,19 @@ class QuantFormat(ABC):
 
         """
 
+    @cached_property
+    def caches(self) -> Mapping[str, LayerQuant]:
+        """The quantised key/value caches, by the checkpoint's attention module.
+
+        The stored form of one has canonical suffixes (`k_scale`, `k_offset`, `v_scale`, `v_offset`), whatever module
+        its tensors belong to by their names.
+
+        Raises:
+            LayerResolutionError: if the checkpoint claims a cache for which it holds nothing, or only a part.
+
+        """
+        return {}
+
     def experts_quant(self, query: LayerQuery) -> LayerQuant:
         """How the experts of one layer are quantised, by what `layer_quant` says of their projections.
 

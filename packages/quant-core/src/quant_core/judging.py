@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quant_core.errors import Finding, LimitError, LoadError, QuantError, UnsupportedSchemeError
+from quant_core.errors import Finding, LimitError, LoadError, QuantError, UnsupportedSchemeError, raise_findings
 from quant_core.expert_layers import experts_context, usual_form
 from quant_core.queries import LayerQuant, LayerQuery
 from quant_core.schemes.base import AscendLinearScheme, Scheme
+from quant_core.schemes.caches import AscendAttentionScheme
 from quant_core.schemes.composed import compose, reasons_against
 from quant_core.schemes.context import (
     AttentionContext,
@@ -51,6 +52,8 @@ def create_scheme(query: LayerQuery, quant: LayerQuant) -> Scheme:
             layer=query.name,
         )
     scheme = compose(scheme_class, context)
+    if isinstance(scheme, AscendAttentionScheme):
+        raise_findings(scheme.problems())
     if isinstance(scheme, AscendLinearScheme):
         verify_stored(scheme)
         _check_agreement(scheme.context)

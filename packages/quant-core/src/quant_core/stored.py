@@ -14,7 +14,7 @@ from quant_core.errors import RegistrationError
 
 _CONTAINERS = {8: torch.int8, 32: torch.int32}
 
-Strategy = Literal["tensor", "channel", "group", "block", "token"]
+Strategy = Literal["tensor", "channel", "group", "block", "token", "head"]
 
 
 class StoredTensor(NamedTuple):
@@ -59,6 +59,8 @@ class Packing:
 @dataclass(frozen=True, slots=True)
 class WeightForm:
     """How a weight is stored, in words; a format states it, a scheme never finds out from shapes.
+
+    Also how keys and values are kept in a cache: their channels are those of a head, `head` shares a scale among them.
 
     Attributes:
         num_bits: of one value.

@@ -17,8 +17,9 @@ from quant_core import (
     raise_findings,
 )
 from quant_core.names import ModuleNames
+from quant_modelslim.caches import quantised_caches
 from quant_modelslim.description import NAME, PATTERN, WEIGHTS, Description
-from quant_modelslim.resolve import agreed_type, attention_type, module_type, unknown
+from quant_modelslim.resolve import agreed_type, module_type, unknown
 from quant_modelslim.stating import canonical_suffixes, stated
 from quant_modelslim.type_names import FLOAT
 from quant_modelslim.validate import examine
@@ -71,22 +72,13 @@ class ModelSlimFormat(QuantFormat):
             yield from error.findings
 
     def layer_quant(self, query: LayerQuery) -> LayerQuant:
-        """The type of the modules that the layer stands for, which must agree; of an attention layer that of its cache.
+        """The type of the modules that the layer stands for, which must agree.
 
         Raises:
             UnknownLayerError: if the checkpoint has none of them.
             LayerResolutionError: if they disagree or are only partly there.
 
         """
-        if query.layer_type == "attention":
-            modules = query.modules or (query.name,)
-            found = attention_type(self.description, self.modules, modules)
-            if found is None:
-                return LayerQuant(None, modules, reason=f"{self.description.file} names no type for its cache")
-            return LayerQuant(found[0], modules, self.stored_forms(modules), found[1:])
-        return self._linear_quant(query)
-
-    def _linear_quant(self, query: LayerQuery) -> LayerQuant:
         modules = query.modules or self._names.find(query.name, query.packed_modules) or self._described(query)
         types: dict[str, str] = {}  # one module may stand for several members
         evidence: list[Evidence] = []
@@ -117,6 +109,11 @@ class ModelSlimFormat(QuantFormat):
         if is_wrapped_norm(form, self.folder):
             return dict.fromkeys(form.tensors)
         return canonical_suffixes(form, self.description)
+
+    @cached_property
+    def caches(self) -> Mapping[str, LayerQuant]:
+        """See caches.py."""
+        return quantised_caches(self.description, self.folder)
 
     @property
     def rotation(self) -> str | None:

@@ -11,14 +11,13 @@ from quant_core import (
     CheckpointFolder,
     Evidence,
     LayerResolutionError,
-    StoredForm,
     UnknownLayerError,
     UnsupportedSchemeError,
     detect_formats,
 )
 from quant_core.errors import listing
-from quant_modelslim.description import ATTENTION_TYPE, NAME, Description
-from quant_modelslim.type_names import CACHE_SUFFIXES, FLOAT, FLOAT_TYPES
+from quant_modelslim.description import NAME, Description
+from quant_modelslim.type_names import FLOAT, FLOAT_TYPES
 
 #: Letters of a name that is compared with others: the time that it takes grows with their square.
 _LONGEST = 200
@@ -54,29 +53,6 @@ def module_type(description: Description, folder: CheckpointFolder, module: str)
     if not is_float(weight.dtype):
         raise undescribed([module], description, folder)
     return FLOAT, Evidence(weight.file, weight.name, f"{dtype_name(weight.dtype)}, no key in {description.file}")
-
-
-def attention_type(
-    description: Description, forms: Mapping[str, StoredForm], modules: Iterable[str]
-) -> tuple[str, Evidence] | None:
-    """The type of an attention module's computation or cache, and the entry that says so; None if nothing names one.
-
-    Args:
-        description: says it of the module itself (`<module>.quant_type`), or of tensors of its projections.
-        forms: the modules of the files.
-        modules: the attention module, with the projections below it.
-
-    """
-    for module in modules:
-        said = description.attention_types.get(module)
-        if said is not None:
-            return said, Evidence(description.file, f"{module}.{ATTENTION_TYPE}", said)
-        for below in (f"{module}.{name}" for name in ("k_proj", "v_proj")):
-            for suffix in CACHE_SUFFIXES if below in forms else ():
-                said = description.types.get(f"{below}.{suffix}")
-                if said is not None and said not in FLOAT_TYPES:
-                    return said, Evidence(description.file, f"{below}.{suffix}", said)
-    return None
 
 
 def agreed_type(types: Mapping[str, str], layer: str) -> str:

@@ -23,16 +23,16 @@ from quant_core import (
 )
 from quant_core.schemes.additions import ADDITIONS
 from quant_modelslim.description import Description
-from quant_modelslim.type_names import PACKED_ALONG, TRANSFORMS
+from quant_modelslim.type_names import CACHE_SUFFIXES, PACKED_ALONG, TRANSFORMS
 
 #: Scales in two stages: the first one's tensors bear the usual names, those of the second a suffix.
-_TWO_STAGES: Mapping[str, str | None] = {
+_TWO_STAGES: dict[str, str | None] = {
     "weight_scale": "weight_channel_scale",
     "weight_offset": "weight_channel_offset",
     "weight_scale_second": "weight_scale",
     "weight_offset_second": "weight_offset",
 }
-_AS_IT_IS: Mapping[str, str | None] = {}
+_AS_IT_IS: dict[str, str | None] = {}
 
 #: A multiple of whatever a weight is packed by.
 _MANY = 1 << 16
@@ -40,6 +40,12 @@ _MANY = 1 << 16
 
 def canonical_suffixes(form: StoredForm, description: Description) -> Mapping[str, str | None]:
     """See QuantFormat.canonical_suffixes. Types that declare their parameters themselves go by the writers' names."""
+    if not form.tensors.keys().isdisjoint(CACHE_SUFFIXES):  # the attention layer's, see caches.py
+        return _two_stages(form, description) | dict.fromkeys(set(CACHE_SUFFIXES).intersection(form.tensors))
+    return _two_stages(form, description)
+
+
+def _two_stages(form: StoredForm, description: Description) -> dict[str, str | None]:
     if "weight_scale_second" not in form.tensors and "weight_offset_second" not in form.tensors:
         return _AS_IT_IS
     scheme_class = _linear_class(description.types.get(f"{form.module}.weight", ""))

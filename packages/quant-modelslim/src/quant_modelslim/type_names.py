@@ -14,6 +14,9 @@ PACKED_ALONG: dict[str, Literal[0, 1]] = {"W4A16": 1, "W4A8_DYNAMIC": 0}
 #: What belongs to a type beside its weight, without which it would be another type.
 TRANSFORMS: dict[str, tuple[str, ...]] = {"W8A8_SVD_DYNAMIC": ("low_rank",), "W4A4_MXFP4_SVD": ("low_rank",)}
 
+#: The scheme for what `<attn>.quant_type` says, where that is called otherwise.
+ATTENTION_SCHEMES = {"INT8": "FAKQuant"}
+
 #: Tensors beside k_proj and v_proj that belong to the cache of keys and values.
 CACHE_SUFFIXES = ("kv_cache_scale", "kv_cache_offset")
 

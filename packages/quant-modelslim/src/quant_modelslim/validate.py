@@ -8,6 +8,7 @@ from quant_core import (
     CheckpointFolder,
     Finding,
     LayerQuery,
+    LayerResolutionError,
     PlannedFolder,
     StoredForm,
     UnsupportedSchemeError,
@@ -18,11 +19,12 @@ from quant_core.errors import listing
 from quant_core.formats import respelled
 from quant_core.judging import judge_modules
 from quant_core.schemes.registry import LAYER_TYPES
+from quant_modelslim.caches import quantised_caches
 from quant_modelslim.description import ATTENTION_TYPE, Description
 from quant_modelslim.resolve import QUANTISED_DTYPES, dtype_name, is_float, smoothed, undescribed
 from quant_modelslim.siblings import examine_siblings
 from quant_modelslim.stating import canonical_suffixes, stated
-from quant_modelslim.type_names import FLOAT_TYPES, SIMULATED_RANKS, UNUSABLE
+from quant_modelslim.type_names import ATTENTION_SCHEMES, FLOAT_TYPES, SIMULATED_RANKS, UNUSABLE
 from quant_modelslim.wrapped_norms import contradictions, is_wrapped_norm
 
 
@@ -54,6 +56,10 @@ def examine(folder: CheckpointFolder, description: Description) -> Iterator[Find
     yield from _leaving_the_folder(folder, description)
     yield from _undescribed(folder, description)
     yield from contradictions(folder)
+    try:
+        quantised_caches(description, folder)
+    except LayerResolutionError as error:
+        yield from error.findings
     yield from examine_siblings(description)
     told = {tensor.rpartition(".")[0] for tensor, _ in wrong} | _simulated(description) | _of_unknown_types(description)
     yield from _wrong_forms(folder, description, told)
@@ -77,7 +83,7 @@ def _unknown_types(description: Description) -> Iterator[Finding]:
         if quant_type in unknown:
             keys[quant_type, "linear"].append(key)
     for module, quant_type in description.attention_types.items():
-        if get_scheme_class(quant_type, "attention") is None:
+        if get_scheme_class(ATTENTION_SCHEMES.get(quant_type, quant_type), "attention") is None:
             keys[quant_type, "attention"].append(f"{module}.{ATTENTION_TYPE}")
     for (quant_type, layer_type), described in keys.items():
         weights = [key for key in described if key.endswith(".weight")]

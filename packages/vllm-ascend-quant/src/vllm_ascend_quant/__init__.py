@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         AscendModelSlimConfig,
         AscendQuantizationConfig,
     )
+    from vllm_ascend_quant.methods.cache import AscendKVCacheMethod
     from vllm_ascend_quant.methods.embedding import AscendEmbeddingMethod
     from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
     from vllm_ascend_quant.methods.linear import AscendLinearMethod
@@ -22,6 +23,7 @@ __all__ = [
     "AscendCompressedTensorsConfig",
     "AscendEmbeddingMethod",
     "AscendFusedMoEMethod",
+    "AscendKVCacheMethod",
     "AscendLinearMethod",
     "AscendModelSlimConfig",
     "AscendQuantizationConfig",
@@ -32,6 +34,7 @@ _MODULES = {
     "AscendCompressedTensorsConfig": "vllm_ascend_quant.config",
     "AscendEmbeddingMethod": "vllm_ascend_quant.methods.embedding",
     "AscendFusedMoEMethod": "vllm_ascend_quant.methods.experts",
+    "AscendKVCacheMethod": "vllm_ascend_quant.methods.cache",
     "AscendLinearMethod": "vllm_ascend_quant.methods.linear",
     "AscendModelSlimConfig": "vllm_ascend_quant.config",
     "AscendQuantizationConfig": "vllm_ascend_quant.config",

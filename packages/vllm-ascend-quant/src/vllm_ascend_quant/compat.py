@@ -154,6 +154,33 @@ def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:
     return inputs, [layer.num_embeddings_per_partition], inputs, layer.num_embeddings_padded
 
 
+def is_attention(module: "nn.Module") -> bool:
+    """Whether a module attends over a cache of keys and values, latent ones too."""
+    attention = importlib.import_module("vllm.model_executor.layers.attention")
+    return isinstance(module, (attention.Attention, attention.MLAAttention))
+
+
+def has_cpu_attention(layer: Any) -> bool:
+    """Whether a layer's attention over keys and values is that of vLLM's CPU build."""
+    backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
+    return type(layer.impl) is backend.CPUAttentionBackendImpl and layer.attn_type == "decoder"
+
+
+def has_cpu_latent_attention(layer: Any) -> bool:
+    """Whether a layer's latent attention is the plain one of vLLM's CPU build."""
+    if importlib.util.find_spec("vllm.v1.attention.backends.mla.cpu_mla") is None:
+        return False
+    return type(layer.impl) is importlib.import_module("vllm.v1.attention.backends.mla.cpu_mla").CPUMLAImpl
+
+
+def is_elsewhere(model: "nn.Module", path: str) -> bool:
+    """Whether another pipeline-parallel rank holds what stands at a path."""
+    missing = importlib.import_module("vllm.model_executor.models.utils").PPMissingLayer
+    modules = dict(model.named_modules())
+    parts = path.split(".")
+    return any(isinstance(modules.get(".".join(parts[:end])), missing) for end in range(1, len(parts) + 1))
+
+
 def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
     """A tensor's name and shard id by a model's `WeightsMapper`; None if the mapper drops the tensor."""
     return mapper._map_name_with_shard(name)  # type: ignore[no-any-return]
@@ -189,6 +216,7 @@ GET_QUANT_CONFIG = "vllm.model_executor.model_loader.weight_utils:get_quant_conf
 INITIALIZE_MODEL = "vllm.model_executor.model_loader.base_loader:initialize_model"
 PROCESS_WEIGHTS = "vllm.model_executor.model_loader.base_loader:process_weights_after_loading"
 FINALIZE_RELOAD = "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing"
+CALL_WORKERS = "vllm.v1.engine.core:EngineCore.collective_rpc"
 START_ENGINES = "vllm.v1.engine.utils:CoreEngineProcManager.__init__"
 LOAD_MODEL = "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"
 WAIT_FOR_ENGINES = "vllm.v1.engine.utils:wait_for_engine_startup"

@@ -65,6 +65,8 @@ class ServedModel:
         layers: what was decided about each layer, by module path.
         absent_members: the members of fused float layers of which the files have no weight, by module path.
         loading: how the loading stands.
+        caches: the quantised caches, by the path of their attention layer.
+        cache_tensors: the parameters that tensors of quantised caches go to, by the checkpoint's names of these.
         drafts_only: the first components of the names of tensors that are in the folder for a draft, and which this
             model's loader would not know: those of layers for multi-token prediction (`mtp.`).
 
@@ -78,6 +80,8 @@ class ServedModel:
     layers: dict[str, LayerQuant] = field(default_factory=dict)
     absent_members: dict[str, Sequence[str]] = field(default_factory=dict)
     drafts_only: tuple[str, ...] = ()
+    caches: dict[str, LayerQuant] = field(default_factory=dict)
+    cache_tensors: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -112,7 +116,7 @@ class ServedModel:
 
     def log_report(self) -> None:
         """One line per kind of layer."""
-        kinds = Counter(quant.quant_type or "FLOAT" for quant in self.layers.values())
+        kinds = Counter(quant.quant_type or "FLOAT" for quant in [*self.layers.values(), *self.caches.values()])
         for quant_type, count in sorted(kinds.items()):
             logger.info("%s: %d layers %s", self.format.vllm_name, count, quant_type)
 
@@ -128,4 +132,4 @@ def served_model(model: nn.Module) -> ServedModel | None:
 def layers_served_from(quant_format: QuantFormat | None) -> Mapping[str, LayerQuant]:
     """What was decided about the newest living model of this process that is served from an opened checkpoint."""
     found = [served for served in _served.values() if served.format is quant_format]
-    return found[-1].layers if found else {}
+    return {**found[-1].layers, **found[-1].caches} if found else {}

@@ -1,4 +1,4 @@
-"""What all schemes have in common, and those of linear layers and of attention; those of experts are in experts.py.
+"""What all schemes have in common, and those of linear layers; experts and attention have files of their own.
 
 A scheme says which tensors one quantisation type stores for one checkpoint module and what is computed with them. It
 knows no engine, no checkpoint format and no device library: it is told about its layer by a `LayerContext`, and
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from quant_core.devices import DEVICES, current_device
 from quant_core.errors import RegistrationError
-from quant_core.schemes.context import AttentionContext, LayerContext, LinearContext
+from quant_core.schemes.context import LayerContext, LinearContext
 from quant_core.schemes.hooks import call_hook
 from quant_core.schemes.params import Param
 from quant_core.storage import FP8Storage, IntegerStorage, MicroscaledStorage, NVFP4Storage, Storage, tensors_of
@@ -250,27 +250,3 @@ class AscendLinearScheme(Scheme):
         if self.stores is None:
             raise NotImplementedError(f"{type(self).__name__} needs calibration and cannot quantise by itself")
         return self.storage.quantize(weight)
-
-
-class AscendAttentionScheme(Scheme):
-    """A quantised key/value cache.
-
-    Attributes:
-        cache_dtype: what the cache holds.
-
-    """
-
-    cache_dtype: ClassVar[torch.dtype]
-    context: AttentionContext
-
-    @abstractmethod
-    def get_params(self, num_kv_heads: int, head_size: int, params_dtype: torch.dtype) -> dict[str, Param]:
-        """Scales and offsets of keys and values."""
-
-    @abstractmethod
-    def bytes_per_token_per_head(self, head_size: int) -> int:
-        """What one token's key and value take in the cache, per key/value head."""
-
-    @abstractmethod
-    def apply(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-        """Attention over the quantised cache."""

@@ -65,6 +65,9 @@ class AttentionSizes:
         head_size: features of a query and key head.
         value_head_size: features of a value head.
         local_heads: query and key/value heads on this rank.
+        first_kv_head: the first of these key/value heads, counted over all ranks.
+        latent: whether keys and values are one latent vector for all heads (MLA). It counts as one key/value head,
+            whose head size is the latent's rank; the rotary part beside it has the size of a value.
 
     """
 
@@ -73,6 +76,8 @@ class AttentionSizes:
     head_size: int
     value_head_size: int
     local_heads: tuple[int, int]
+    first_kv_head: int = 0
+    latent: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from quant_core.errors import RegistrationError, UnsupportedSchemeError, listing
-from quant_core.schemes.base import AscendAttentionScheme, AscendLinearScheme, Scheme
+from quant_core.schemes.base import AscendLinearScheme, Scheme
+from quant_core.schemes.caches import AscendAttentionScheme
 from quant_core.schemes.experts import AscendMoEScheme
 
 #: Entry-point group in which packages announce modules that register schemes.

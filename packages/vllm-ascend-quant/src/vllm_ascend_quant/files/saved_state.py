@@ -22,6 +22,7 @@ from quant_core import CheckpointFolder, LimitError, LoadError
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
 from vllm_ascend_quant.files.saved_folder import STORED
+from vllm_ascend_quant.methods.cache import AscendKVCacheMethod
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, stored_parameters
 
 
@@ -63,9 +64,10 @@ def load(original: Callable[..., None], loader: Any, model: nn.Module) -> None:
         original()
 
 
-def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, AscendLinearMethod]]:
+def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, AscendLinearMethod | AscendKVCacheMethod]]:
     methods = ((path, module, getattr(module, "quant_method", None)) for path, module in model.named_modules())
-    return {path: (module, method) for path, module, method in methods if isinstance(method, AscendLinearMethod)}
+    ours = (AscendLinearMethod, AscendKVCacheMethod)
+    return {path: (module, method) for path, module, method in methods if isinstance(method, ours)}
 
 
 def _check_complete(model: nn.Module) -> None:

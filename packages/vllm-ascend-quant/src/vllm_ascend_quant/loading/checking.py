@@ -15,6 +15,7 @@ from vllm_ascend_quant import compat
 from vllm_ascend_quant.loading.explaining import layers_hint
 from vllm_ascend_quant.loading.floats import filled_in_parts, unfilled, vocabulary_layers
 from vllm_ascend_quant.loading.stream import give_up
+from vllm_ascend_quant.methods.cache import AscendKVCacheMethod
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
 from vllm_ascend_quant.served_model import ServedModel
 
@@ -189,5 +190,9 @@ def _parameters_with_names(model: nn.Module) -> list[tuple[list[str], nn.Paramet
 
 
 def _exempt(module: nn.Module, param: nn.Parameter) -> bool:
-    """Parameters that no checkpoint needs to hold: cache scales with defaults, and empty placeholders."""
-    return param.numel() == 0 or isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
+    """Parameters that no checkpoint needs to hold, or that are seen to elsewhere.
+
+    Those are cache scales with defaults, empty placeholders, and the scales of our caches, which go past the model.
+    """
+    method = getattr(module, "quant_method", None)
+    return param.numel() == 0 or isinstance(method, (BaseKVCacheMethod, AscendKVCacheMethod))

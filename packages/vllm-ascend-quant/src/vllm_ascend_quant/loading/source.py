@@ -36,6 +36,11 @@ def check_source(served: ServedModel, started: str) -> QuantFormat | None:
         for path, quant in served.layers.items()
         if found[path].quant_type != quant.quant_type
     ]
+    caches = {module: quant for quant in served.caches.values() for module in quant.modules}
+    for module in sorted(caches.keys() | other.caches.keys()):
+        types = [side[module].quant_type if module in side else "FLOAT" for side in (caches, other.caches)]
+        if types[0] != types[1]:
+            wrong.append(f"the cache of {module} was {types[0]} and is {types[1]}")
     # vLLM would drop them without a word; whether those of the first folder have a place was checked.
     first = served.modules
     biases = [module for module, form in other.modules.items() if form.has("bias")]

@@ -113,6 +113,10 @@ def _canonical(
         if name.partition(".")[0] in served.drafts_only:
             continue
         served.loading.came.add(name)
+        if name in served.cache_tensors:
+            parameter: Any = model.get_parameter(served.cache_tensors[name])
+            parameter.weight_loader(parameter, tensor)
+            continue
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
             if name.rpartition(".")[0] in quantised:

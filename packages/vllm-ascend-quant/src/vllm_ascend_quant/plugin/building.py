@@ -39,6 +39,7 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
     from vllm_ascend_quant.methods.norms import add_norm_biases
     from vllm_ascend_quant.methods.parameter import dtype_of_the_model
     from vllm_ascend_quant.placement.deciding import decide_layers
+    from vllm_ascend_quant.placement.deciding_caches import decide_caches
     from vllm_ascend_quant.placement.reading import refuse_what_is_read
     from vllm_ascend_quant.served_model import ServedModel
 
@@ -54,6 +55,7 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
             model = original(vllm_config, prefix=prefix, **kwargs)
         served = ServedModel.of(model, config.format, model_config, made_up, draft)
         remade = decide_layers(model, served, config, prefix)
+        remade |= decide_caches(model, served, vllm_config)
         for layer in compat.layers_read_back(model):
             if isinstance(layer.quant_method, AscendLinearMethod):
                 layer.quant_method.read_back = True

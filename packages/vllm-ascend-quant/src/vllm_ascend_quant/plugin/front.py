@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from quant_core import LimitError, QuantFormat
 from vllm_ascend_quant import compat, installed
 from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.files import detection, hub, loaders
@@ -43,14 +44,38 @@ def draft(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: 
     return settings
 
 
-def named(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """Say what is wrong with the name of a model that is to be in one of our formats."""
+def configured(original: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Say what is wrong with the name of a model that is to be in one of our formats, or with the cache asked for."""
+    given = engine_args.kv_cache_dtype  # the user's own word: vLLM puts the checkpoint's in the place of "auto"
     try:
-        return original(engine_args, *args, **kwargs)
+        config = original(engine_args, *args, **kwargs)
     except OSError as error:
         if not _ours(engine_args.quantization) or os.path.exists(engine_args.model):
             raise
         raise hub.unknown(engine_args.model, engine_args.revision, error) from error
+    quant_format = getattr(config.quant_config, "format", None)
+    if isinstance(config.quant_config, AscendQuantizationConfig) and quant_format and quant_format.caches:
+        _agree_on_cache(given, config.cache_config, quant_format)
+    return config
+
+
+def _agree_on_cache(given: str, cache_config: Any, quant_format: QuantFormat) -> None:
+    """Leave a cache that the checkpoint quantises to its schemes, layer by layer.
+
+    Raises:
+        LimitError: if the user asks for another one.
+
+    """
+    types = sorted({str(quant.quant_type) for quant in quant_format.caches.values()})
+    if given != "auto" and not (given in ("fp8", "fp8_e4m3") and types == ["KV_FP8"]):
+        evidence = next(iter(quant_format.caches.values())).evidence[0]
+        raise LimitError(
+            f"--kv-cache-dtype {given} contradicts the checkpoint, whose cache is {' and '.join(types)}",
+            where=str(evidence),
+            expected="auto: each layer's cache is as the checkpoint says",
+            todo="leave --kv-cache-dtype out",
+        )
+    cache_config.cache_dtype = "auto"
 
 
 def download(original: Callable[..., Any], model_config: Any, load_config: Any) -> Any:

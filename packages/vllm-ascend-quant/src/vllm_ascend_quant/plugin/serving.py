@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_ascend_quant.config import AscendQuantizationConfig
 from vllm_ascend_quant.files import saved_state
 from vllm_ascend_quant.loading.checking import check_loaded, check_reloaded
 from vllm_ascend_quant.methods.linear import AscendLinearMethod
@@ -30,6 +31,16 @@ def reloaded(original: Callable[..., None], model: nn.Module, *args: Any, **kwar
     if served is not None:
         check_reloaded(model, served)
     return original(model, *args, **kwargs)
+
+
+def call_workers(original: Callable[..., Any], engine: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    """After a reload, forget the prefixes in a quantised cache: their codes belong to the scales before."""
+    answers = original(engine, method, *args, **kwargs)
+    config = engine.vllm_config.quant_config
+    ours = config.format if isinstance(config, AscendQuantizationConfig) else None
+    if method == "reload_weights" and ours is not None and ours.caches:
+        engine.reset_prefix_cache(reset_running_requests=True)
+    return answers
 
 
 def latent(original: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

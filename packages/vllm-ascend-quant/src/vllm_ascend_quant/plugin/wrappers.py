@@ -53,11 +53,12 @@ class Wrapped(NamedTuple):
 
 #: Installed in every process: they see a model before it is known to be ours.
 ALWAYS = {
-    "named": Wrapped(compat.CREATE_ENGINE_CONFIG, "front:named"),
+    "configured": Wrapped(compat.CREATE_ENGINE_CONFIG, "front:configured"),
     "detect": Wrapped(compat.CREATE_MODEL_CONFIG, "front:detect"),
     "draft": Wrapped(compat.CREATE_DRAFT_CONFIG, "front:draft"),
     "download": Wrapped(compat.GET_QUANT_CONFIG, "front:download"),
     "built": Wrapped(compat.INITIALIZE_MODEL, "building:build"),
+    "emptied": Wrapped(compat.CALL_WORKERS, "serving:call_workers"),
     "started": Wrapped(compat.START_ENGINES, "failures:start_engines"),
     "noted": Wrapped(compat.LOAD_MODEL, "failures:load_model"),
     "waited": Wrapped(compat.WAIT_FOR_ENGINES, "failures:wait_for_engines"),
