@@ -65,17 +65,21 @@ def online(hub: StandInHub, cache: Path) -> dict[str, dict[str, Any]]:
     return named_models.run(steps, hub.url, cache)
 
 
-def test_a_model_that_is_not_ours_costs_one_request(
+def test_a_model_that_is_not_ours_costs_two_requests(
     online: dict[str, dict[str, Any]], hub: StandInHub, tmp_path: Path
 ) -> None:
-    """Compared with vLLM without plugins, request by request; also where the hub does not answer that one."""
+    """For the list of its files, and whether the config.json that vLLM asked for is still the same.
+
+    Compared with vLLM without plugins, request by request; also where the hub does not answer the first.
+    """
     steps = {"stock-float": {"model": "someone/float"}, "stock-mute": {"model": "someone/mute"}}
     stock = named_models.run(steps, hub.url, tmp_path, VLLM_PLUGINS="")
     for name in ("float", "mute"):
         assert online[name] == stock[f"stock-{name}"]
         more = Counter(hub.since(name))
         more.subtract(hub.since(f"stock-{name}"))
-        assert +more == {f"GET /api/models/someone/{name}": 1}
+        listing = {f"GET /api/models/someone/{name}": 1}
+        assert +more == listing | ({"HEAD /someone/float/resolve/main/config.json": 1} if name == "float" else {})
         assert -more == Counter()
     assert online["float"] == {"method": None, "folder": None}
 

@@ -51,7 +51,7 @@ def _method(folder: CheckpointFolder, asked: str | None, as_given: str) -> str |
         raise CheckpointError(
             f"{folder.path} is recognised as {len(found)} formats",
             found="; ".join(detection.reason for detection in found),
-            todo="move the files of all but one format out of the folder",
+            todo="leave the description of one format: move or remove those of the others, also from config.json",
         )
     method = formats[found[0].format].vllm_name
     if asked not in (None, method):
