@@ -48,7 +48,7 @@ def other(checkpoint: Callable[[str], Path]) -> Path:
 def test_reloads(
     cached: bool, other: Path, start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any
 ) -> None:
-    """First scales, others, the first again: each time what a fresh engine answers, also from a cache that holds codes."""
+    """First scales, others, the first again: each time what a fresh engine answers, also beside codes in the cache."""
     first, prompts = DATA / "checkpoints" / C8, reference.prompts[:4]
     # Prompts' log-probabilities are never taken from a prefix cache: answers to what follows a long prefix are.
     prefix = [token for prompt in reference.prompts for token in prompt][:96]
