@@ -69,7 +69,9 @@ def quantised_caches(section: Section, folder: CheckpointFolder) -> Mapping[str,
     needed = {"k_scale", "v_scale"} | (set() if args.symmetric else {"k_offset", "v_offset"})
     whole = [module for module, projections in projected.items() if projections == _PROJECTIONS]
     lacking = {module: needed - found.get(module, {}).keys() for module in {*whole, *found}}
-    absent = [f"{module}.{suffix}" for module in sorted(lacking) for suffix in sorted(lacking[module])]
+    # The names of today's writers come first.
+    called = {canonical: name for name, canonical in reversed(_NAMES.items())}
+    absent = [f"{module}.{called[suffix]}" for module in sorted(lacking) for suffix in sorted(lacking[module])]
     if absent and folder.modules:
         raise LayerResolutionError(
             f"{CONFIG} says that the key/value cache is quantised, and {len(absent)} of its scales are absent",
