@@ -99,7 +99,7 @@ MODELSLIM: dict[str, tuple[str, Change, list[str]]] = {
     "claimed, and no scales": (LINEAR, say(kv_cache_type="C8"), ["kv_cache_type", "'C8'", "k_proj.kv_cache_scale"]),
     "claimed by the other key": (LINEAR, say(kv_quant_type="C8"), ["'C8'", "k_proj.kv_cache_scale"]),
     "described, and not in the files": (LINEAR, describe(K_SCALE, "C8"), [K_SCALE, "no file holds it"]),
-    "in the files, and not described": (C8, lambda _, said: said.pop(K_SCALE), [K_SCALE, DESCRIPTION]),
+    "in the files, and not described": (C8, lambda _, said: [said.pop(n) for n in OF_ONE], [K_SCALE, DESCRIPTION]),
     "an unknown type": (C8, lambda _, d: d.update(dict.fromkeys(OF_ONE, "C9")), [K_SCALE, "'C9'"]),
     "a type of linear layers": (C8, lambda _, d: d.update(dict.fromkeys(OF_ONE, "W8A8")), [K_SCALE, "W8A8"]),
     "two types for one cache": (C8, describe(V_SCALE, "KV_FP8"), [K_SCALE, V_SCALE, "KV_FP8"]),
