@@ -113,7 +113,9 @@ def test_one_scale_for_all_is_every_ranks(on_ranks: int, told: int | None, monke
         assert first + local <= heads
 
 
-def test_scales_of_fewer_heads_than_there_are(checkpoint: Callable[[str], Path], load_model: Callable[..., Any]) -> None:
+def test_scales_of_fewer_heads_than_there_are(
+    checkpoint: Callable[[str], Path], load_model: Callable[..., Any]
+) -> None:
     """On one rank nothing is shared: half as many scales are no replicated heads, but too few."""
     from safetensors.torch import load_file, save_file
 
