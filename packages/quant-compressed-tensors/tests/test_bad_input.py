@@ -164,7 +164,11 @@ def test_no_config(tmp_path: Path) -> None:
         (("config_groups", "group_0", "format", "int-quantised"), CheckpointError, "config_groups.group_0.format"),
         (("format", "int-quantised"), UnsupportedSchemeError, f"{PLACE}.format"),
         (("config_groups", "group_0", "weights", "observer_kwarg", {}), CheckpointError, "weights.observer_kwarg"),
-        (("kv_cache_scheme", {"num_bits": 8}), UnsupportedSchemeError, "a quantised key/value cache"),
+        (
+            ("kv_cache_scheme", {"num_bits": 4}),
+            UnsupportedSchemeError,
+            "a key/value cache of int4 with scales per tensor",
+        ),
         (("config_groups", "group_0", "output_activations", INT8_STATIC), UnsupportedSchemeError, "quantised outputs"),
         (("sparsity_config", {"format": "sparse-24-bitmask"}), UnsupportedSchemeError, "without their zeros"),
         (("config_groups", "group_0", "input_activations", None), None, ""),

@@ -252,12 +252,6 @@ def test_a_scale_that_is_a_scalar(tmp_path: Path) -> None:
     assert type(scheme) is get_scheme_class("W8A8", "linear")
 
 
-def test_attention_is_float(tmp_path: Path) -> None:
-    quant = load(content(), tmp_path).layer_quant(LayerQuery(f"{ATTENTION}.attn", layer_type="attention"))
-    assert (quant.quant_type, quant.modules) == (None, (f"{ATTENTION}.attn",))
-    assert "kv_cache_scheme" in quant.reason
-
-
 def test_a_head_and_embeddings_in_groups_of_their_own(tmp_path: Path) -> None:
     found = content(group(), group(INT8, None, ["Embedding", "lm_head"]), ignore=[])
     for name in ("lm_head", "model.embed_tokens"):

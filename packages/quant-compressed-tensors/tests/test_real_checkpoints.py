@@ -28,10 +28,12 @@ from quant_core import (
     GATE_UP,
     AscendLinearScheme,
     AscendMoEScheme,
+    AttentionSizes,
     CheckpointFolder,
     ExpertSizes,
     LayerQuery,
     QuantError,
+    create_scheme,
     detect_formats,
     get_scheme_class,
 )
@@ -55,9 +57,13 @@ SERVED: dict[str, str | dict[str, str]] = {
     "qwen3/FP8_BLOCK_MODELFREE": "WFP8AFP8_BLOCK_DYNAMIC",
     "qwen3/FP8_CHANNEL_STATIC": "WFP8AFP8",
     "qwen3/FP8_DYNAMIC": "WFP8AFP8_DYNAMIC",
+    "qwen3/FP8_DYNAMIC_KV_FP8": "WFP8AFP8_DYNAMIC",
+    "qwen3/FP8_DYNAMIC_KV_FP8_HEAD": "WFP8AFP8_DYNAMIC",
     "qwen3/FP8_STATIC": "WFP8AFP8",
     "qwen3/MIXED_FP8_W8A8": {"self_attn": "W8A8_DYNAMIC", "mlp": "W8A8_DYNAMIC", "down_proj": "WFP8AFP8_DYNAMIC"},
     "qwen3/MIXED_W8A8_W4A16": {"self_attn": "W8A8_DYNAMIC", "mlp": "W4A16"},
+    "qwen3/KV_FP8_CT010": "W8A8_DYNAMIC",
+    "qwen3/KV_FP8_ONLY": "FLOAT",
     "qwen3/MXFP4": "W4A4_MXFP4",
     "qwen3/MXFP4A16": "W4A16_MXFP4",
     "qwen3/MXFP8": "W8A8_MXFP8",
@@ -85,6 +91,7 @@ SERVED: dict[str, str | dict[str, str]] = {
     "qwen3/W8A8_DYNAMIC_ASYM": "W8A8_DYNAMIC",
     "qwen3/W8A8_DYNAMIC_CT010": "W8A8_DYNAMIC",
     "qwen3/W8A8_DYNAMIC_IGNORE": "W8A8_DYNAMIC",
+    "qwen3/W8A8_DYNAMIC_KV_INT8": "W8A8_DYNAMIC",
     "qwen3/W8A8_DYNAMIC_LMHEAD": "W8A8_DYNAMIC",
     "qwen3/W8A8_DYNAMIC_SQ_GPTQ": "W8A8_DYNAMIC",
     "qwen3/W8A8_GROUP_DYNAMIC": "W8A8_DYNAMIC",
@@ -105,15 +112,20 @@ SERVED: dict[str, str | dict[str, str]] = {
     "deepseek-v3/W8A8_DYNAMIC": "W8A8_DYNAMIC",
 }
 
-CACHE = "quantization_config.kv_cache_scheme", "a quantised key/value cache"
+#: The caches of those that have one.
+CACHES = {
+    "qwen3/FP8_DYNAMIC_KV_FP8": "KV_FP8",
+    "qwen3/FP8_DYNAMIC_KV_FP8_HEAD": "KV_FP8",
+    "qwen3/KV_FP8_CT010": "KV_FP8",
+    "qwen3/KV_FP8_ONLY": "KV_FP8",
+    "qwen3/W8A8_DYNAMIC_KV_INT8": "C8",
+}
+#: Tensors that belong to a cache, whatever module they are stored below.
+OF_CACHES = ("k_scale", "v_scale", "output_scale")
+
 #: What is said of each of the others.
 REFUSED: dict[str, tuple[str, ...]] = {
-    "qwen3/FP8_DYNAMIC_ATTN_FP8": (*CACHE, "config_groups.group_0.input_activations", "alone, of Qwen3Attention"),
-    "qwen3/FP8_DYNAMIC_KV_FP8": CACHE,
-    "qwen3/FP8_DYNAMIC_KV_FP8_HEAD": CACHE,
-    "qwen3/KV_FP8_CT010": CACHE,
-    "qwen3/KV_FP8_ONLY": CACHE,
-    "qwen3/W8A8_DYNAMIC_KV_INT8": CACHE,
+    "qwen3/FP8_DYNAMIC_ATTN_FP8": ("config_groups.group_0.input_activations", "alone, of Qwen3Attention"),
     "qwen3/W3A16_GROUP": ("config_groups.group_0", "no operator takes weights of so many bits", "4 or 8 bits"),
     "qwen3/W4A16_SPINQUANT_R4": ("transform_config.config_groups.R4", "a transform of input at run time", "R1 and R2"),
     "qwen3/W8A8_FROZEN_DENSE": ("is stored in float beside the scales", ".weight (bfloat16", "save_compressed=True"),
@@ -227,7 +239,9 @@ def test_resolves_with_every_tensor(name: str, complete: Any) -> None:
     read = CompressedTensorsFormat.load(CheckpointFolder(folder))
     modules = stored(folder)
     for module, tensors in modules.items():
-        check_module(read, module, tensors, name)
+        if not tensors.keys() <= set(OF_CACHES):
+            check_module(read, module, tensors, name)
+    check_caches(read, modules, name)
     for parent in {module.rpartition(".")[0] for module in modules}:
         for fused, parts in FUSED.items():
             members = tuple(f"{parent}.{part}" for part in parts)
@@ -240,6 +254,23 @@ def test_resolves_with_every_tensor(name: str, complete: Any) -> None:
     assert [
         finding for finding in read.review({}) if "lm_head" not in finding.what and "gate'" not in finding.what
     ] == []
+
+
+def check_caches(read: CompressedTensorsFormat, modules: dict[str, dict[str, tuple[int, ...]]], name: str) -> None:
+    """A cache for each attention module, if the section has one, to which each scale of one belongs."""
+    scales = {f"{m}.{suffix}" for m, tensors in modules.items() for suffix in tensors if suffix in OF_CACHES}
+    if name not in CACHES:
+        assert not read.caches
+        assert not scales
+        return
+    assert len(read.caches) == read.folder.config["num_hidden_layers"]
+    assert {quant.quant_type for quant in read.caches.values()} == {CACHES[name]}
+    assert {tensor.name for quant in read.caches.values() for tensor in quant.stored[0].tensors.values()} == scales
+    for quant in read.caches.values():
+        assert quant.stored[0].tensors.keys() == {"k_scale", "v_scale"}
+        sizes = AttentionSizes(4, 2, 32, 32, (4, 2))
+        scheme = create_scheme(LayerQuery("attn", "attention", sizes=sizes, params_dtype=torch.bfloat16), quant)
+        assert type(scheme) is get_scheme_class(CACHES[name], "attention")
 
 
 def check_module(read: CompressedTensorsFormat, module: str, tensors: dict[str, tuple[int, ...]], name: str) -> None:
@@ -258,11 +289,13 @@ def check_module(read: CompressedTensorsFormat, module: str, tensors: dict[str, 
     assert type(scheme) is get_scheme_class(quant.quant_type, "linear")
     declared = linear_params(scheme)
     assert {scheme.context.form.name_of(suffix): params[0].shape for suffix, params in declared.items()} == {
-        f"{module}.{suffix}": shape for suffix, shape in tensors.items() if suffix not in ("bias", "weight_shape")
+        f"{module}.{suffix}": shape
+        for suffix, shape in tensors.items()
+        if suffix not in ("bias", "weight_shape", *OF_CACHES)
     }
     for suffix in tensors:  # what is loaded is what is declared
         canonical = read.canonical_name(f"{module}.{suffix}")
-        assert (canonical is None) == (suffix == "weight_shape")
+        assert (canonical is None) == (suffix in ("weight_shape", *OF_CACHES))
         assert canonical is None or suffix == "bias" or canonical.rpartition(".")[2] in declared
 
 

@@ -37,7 +37,7 @@ def resolver(*groups: dict[str, Any], ignore: Iterable[str] = (), **more: Any) -
 
     raw = section(*groups, ignore=ignore, **more)
     parsed = QuantizationConfig.model_validate(raw)
-    return Resolver(Section("quantization_config", parsed.config_groups, tuple(ignore), raw["format"], raw))
+    return Resolver(Section("quantization_config", parsed.config_groups, tuple(ignore), raw["format"], None, raw))
 
 
 def form(tensors: dict[str, Tensor], module: str = NAME) -> StoredForm:

@@ -86,21 +86,6 @@ def test_unknown_keys(given: dict[str, Any], key: str, near: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "scheme",
-    [
-        {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
-        {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True},
-        {"num_bits": 8, "type": "float", "strategy": "attn_head", "dynamic": False, "symmetric": True},
-        {"num_bits": 99, "type": "of stone"},  # refused by name, whatever is in it
-    ],
-)
-def test_a_quantised_cache(scheme: dict[str, Any], tmp_path: Path) -> None:
-    (message,) = complaints(tmp_path, section(kv_cache_scheme=scheme))
-    assert f"where: config.json: {PLACE}.kv_cache_scheme\n" in message
-    assert "a quantised key/value cache" in message
-
-
-@pytest.mark.parametrize(
     "sparsity",
     [
         {},

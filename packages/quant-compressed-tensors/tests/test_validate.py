@@ -80,16 +80,6 @@ def test_scales_of_a_cache_that_nobody_mentions(name: str, scheme: Any, tmp_path
         refused(found, tmp_path / str(quantised), CheckpointError, name, f"{PLACE}\n", "no kv_cache_scheme")
 
 
-def test_scales_of_a_cache_that_the_section_mentions(tmp_path: Path) -> None:
-    """One refusal, of the scheme."""
-    found = content(kv_cache_scheme=INT8_STATIC)
-    found.tensors[f"{ATTENTION}.k_scale"] = torch.ones(1)
-    message = refused(
-        found, tmp_path, UnsupportedSchemeError, f"{PLACE}.kv_cache_scheme", "a quantised key/value cache"
-    )
-    assert "k_scale" not in message
-
-
 # --- what words hold --------------------------------------------------------------------------------------------------
 
 

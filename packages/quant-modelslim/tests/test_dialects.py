@@ -140,11 +140,11 @@ def test_a_prefix_on_every_key(tmp_path: Path, small: Any, packed_modules: dict[
 
 
 def test_attention_types_are_no_tensors(tmp_path: Path, small: Any) -> None:
-    """`<attn>.quant_type` has no tensor: it is refused as long as no attention scheme exists, for no other reason."""
-    small.description["model.layers.0.self_attn.quant_type"] = "INT8"
+    """`<attn>.quant_type` has no tensor: a type is refused if no attention scheme has its name, for no other reason."""
+    small.description["model.layers.0.self_attn.quant_type"] = "INT5"
     small.description["fa_quant_type"] = "FAKQuant"
     with pytest.raises(
-        UnsupportedSchemeError, match=r"'INT8' on attention layers(?s:.)*model\.layers\.0\.self_attn\.quant_type"
+        UnsupportedSchemeError, match=r"'INT5' on attention layers(?s:.)*model\.layers\.0\.self_attn\.quant_type"
     ):
         ModelSlimFormat.load(CheckpointFolder(small.write(tmp_path)))
 

@@ -338,26 +338,3 @@ def test_validation_is_linear(tmp_path: Path) -> None:
         costs.append((done["look-ups"] / len(read.description.types), done["scans"]))
     assert costs[1][0] == pytest.approx(costs[0][0], rel=0.05)
     assert costs[1][1] == costs[0][1]
-
-
-# --- layers that are not linear ---------------------------------------------------------------------------------------
-
-
-def test_an_attention_layer_gets_the_type_of_its_cache(tmp_path: Path, small: Any) -> None:
-    """Not that of the projections below it."""
-    small.description[f"{ATTENTION}.k_proj.kv_cache_scale"] = "C8"
-    small.tensors[f"{ATTENTION}.k_proj.kv_cache_scale"] = torch.ones(32)
-    folder = CheckpointFolder(small.write(tmp_path))
-    read = ModelSlimFormat(folder, Description.read(folder))
-    cached = read.layer_quant(LayerQuery(ATTENTION, layer_type="attention"))
-    assert (cached.quant_type, cached.evidence[0].key) == ("C8", f"{ATTENTION}.k_proj.kv_cache_scale")
-    plain = read.layer_quant(LayerQuery("model.layers.1.self_attn", layer_type="attention"))
-    assert plain.quant_type is None
-    assert "names no type for its cache" in plain.reason
-
-
-def test_an_attention_layer_whose_module_names_its_type(tmp_path: Path, small: Any) -> None:
-    small.description[f"{ATTENTION}.quant_type"] = "FAKQuant"
-    folder = CheckpointFolder(small.write(tmp_path))
-    quant = ModelSlimFormat(folder, Description.read(folder)).layer_quant(LayerQuery(ATTENTION, layer_type="attention"))
-    assert (quant.quant_type, quant.evidence[0].key) == ("FAKQuant", f"{ATTENTION}.quant_type")

@@ -22,6 +22,7 @@ from quant_core import (
 )
 from quant_core.schemes.composed import ComposedLinearMethod
 from quant_modelslim import ModelSlimFormat
+from quant_modelslim.type_names import ATTENTION_SCHEMES
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -38,11 +39,15 @@ IN_REPOSITORY = {
     "qwen3/V0_W8A8_LEGACYNAMES",
     "qwen3/V0_W8A8_M4",
     "qwen3/MIXED_LAYERS",
+    "qwen3/W8A8C8_ASYM",
     "qwen2/W8A8",
     "qwen2/W8A8_DYNAMIC",
     "qwen3-moe/W8A8_DYNAMIC",
 }
 CHECKPOINTS = sorted(IN_REPOSITORY | {str(p.parent.relative_to(DATA)) for p in DATA.glob("*/*/config.json")})
+
+#: The ends of the names of tensors that belong to a cache.
+OF_CACHES = (".kv_cache_scale", ".kv_cache_offset", *(f".fa_{part}.{x}" for part in "qkv" for x in ("scale", "offset")))
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -77,7 +82,7 @@ def test_resolves_as_described(name: str) -> None:
     folder = DATA / name
     types, shapes = described(folder), stored(folder)
     assert [detection.format for detection in detect_formats(CheckpointFolder(folder))] == ["modelslim"]
-    supported = {quant_type for quant_type, _ in list_schemes()} | {"FLOAT"}
+    supported = {quant_type for quant_type, _ in list_schemes()} | {"FLOAT", *ATTENTION_SCHEMES}
     if unsupported := set(types.values()) - supported:
         with pytest.raises(UnsupportedSchemeError) as raised:
             ModelSlimFormat.load(CheckpointFolder(folder))
@@ -88,10 +93,13 @@ def test_resolves_as_described(name: str) -> None:
         assert not any(f"type {quant_type!r}" in message for quant_type in supported)
         return
     read = ModelSlimFormat.load(CheckpointFolder(folder))
-    assert dict(read.description.types) == types
+    of_attention = {key: value for key, value in types.items() if key.endswith(".quant_type")}
+    assert dict(read.description.types) == {key: types[key] for key in types.keys() - of_attention.keys()}
+    assert {f"{module}.quant_type": said for module, said in read.description.attention_types.items()} == of_attention
     modules = [key.removesuffix(".weight") for key in types if key.endswith(".weight")]
     for module in modules:
         check_module(read, module, types, shapes)
+    check_caches(read, types, shapes)
     for parent in {module.rpartition(".")[0] for module in modules}:
         for fused, parts in FUSED.items():
             members = [f"{parent}.{part}" for part in parts]
@@ -115,8 +123,24 @@ def check_module(read: ModelSlimFormat, module: str, types: dict[str, str], shap
     declared = scheme.params(scheme.context.input_size, scheme.context.output_size)
     there = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == module}
     assert {scheme.context.form.name_of(suffix): param.shape for suffix, param in declared.items()} == {
-        name: shape for name, shape in there.items() if name != f"{module}.bias"
+        name: shape for name, shape in there.items() if not name.endswith((".bias", *OF_CACHES))
     }
+
+
+def check_caches(read: ModelSlimFormat, types: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
+    """A cache for each attention module that the description names tensors of one for, with all of these."""
+    described = {key: value for key, value in types.items() if key.endswith(OF_CACHES)}
+    found = {t.name: quant for quant in read.caches.values() for t in quant.stored[0].tensors.values()}
+    assert found.keys() == described.keys()
+    for name, quant in found.items():
+        assert name.startswith(f"{quant.modules[0]}.")
+        said = types.get(f"{quant.modules[0]}.quant_type", described[name])
+        assert quant.quant_type == {"INT8": "FAKQuant"}.get(said, said)  # of attention, where that is said by itself
+        assert get_scheme_class(quant.quant_type or "", "attention") is not None
+        assert {canonical.partition("_")[2] for canonical in quant.stored[0].tensors} == {"scale", "offset"}
+        for tensor in quant.stored[0].tensors.values():
+            assert tensor.shape == shapes[tensor.name]
+            assert read.canonical_name(tensor.name) is None or ".fa_" in tensor.name
 
 
 def rows(module: str, shapes: dict[str, tuple[int, ...]]) -> int:

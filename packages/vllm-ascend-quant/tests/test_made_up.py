@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from quant_core import CheckpointError, get_scheme_class
+from vllm_ascend_quant.methods.cache import CacheScales
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
@@ -23,17 +24,18 @@ GROUPS, FLATQUANT = "msmodelslim/qwen3/W8A16_GROUP64", "msmodelslim/qwen3/W4A4_F
 WEIGHTS = "quant_model_weights.safetensors"
 
 
-def is_linear(file: Path) -> bool:
-    """Whether a description has types of linear layers only, and not of caches, which are not served yet."""
+def is_served(file: Path) -> bool:
+    """Whether a description has types of linear layers and caches only."""
     types = {said for key, said in json.loads(file.read_text()).items() if "." in key and isinstance(said, str)}
-    return all(get_scheme_class(quant_type, "linear") for quant_type in types - {"FLOAT"})
+    kinds = ("linear", "attention")
+    return all(any(get_scheme_class(quant_type, kind) for kind in kinds) for quant_type in types - {"FLOAT"})
 
 
 #: Every checkpoint of a dense model whose types are served.
 DENSE = sorted(
     str(file.parent.relative_to(DATA / "checkpoints"))
     for file in DATA.glob("checkpoints/msmodelslim/qwen[23]/*/quant_model_description*.json")
-    if is_linear(file)
+    if is_served(file)
 )
 
 
@@ -64,12 +66,14 @@ def of_its_own(folder: Path) -> Path:
 
 
 def outputs(model: Any) -> dict[str, Tensor]:
-    """What each linear layer and embedding makes of the same input."""
+    """What each linear layer and embedding makes of the same input, and the scales of caches."""
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LinearBase):
             x = torch.randn(5, layer.input_size, generator=torch.Generator().manual_seed(1))
             found[path] = layer(x.to(layer.params_dtype))[0]
+        elif isinstance(layer, CacheScales):
+            found[path] = torch.cat([param.flatten() for param in layer.parameters()])
         elif isinstance(layer, ParallelLMHead):
             found[path] = layer.quant_method.apply(layer, torch.ones(2, layer.embedding_dim))
         elif isinstance(layer, VocabParallelEmbedding):

@@ -69,7 +69,9 @@ def quantised_caches(section: Section, folder: CheckpointFolder) -> Mapping[str,
     needed = {"k_scale", "v_scale"} | (set() if args.symmetric else {"k_offset", "v_offset"})
     whole = [module for module, projections in projected.items() if projections == _PROJECTIONS]
     lacking = {module: needed - found.get(module, {}).keys() for module in {*whole, *found}}
-    absent = [f"{module}.{suffix}" for module in sorted(lacking) for suffix in sorted(lacking[module])]
+    # The names of today's writers come first.
+    called = {canonical: name for name, canonical in reversed(_NAMES.items())}
+    absent = [f"{module}.{called[suffix]}" for module in sorted(lacking) for suffix in sorted(lacking[module])]
     if absent and folder.modules:
         raise LayerResolutionError(
             f"{CONFIG} says that the key/value cache is quantised, and {len(absent)} of its scales are absent",
@@ -78,8 +80,9 @@ def quantised_caches(section: Section, folder: CheckpointFolder) -> Mapping[str,
             expected="scales of keys and values of every attention layer",
             todo="take config.json and weights from one run of the tool; finish the download",
         )
-    weight = WeightForm(type=args.type, strategy=_STRATEGIES[str(args.strategy)], symmetric=args.symmetric)  # type: ignore[arg-type]
-    evidence = (Evidence(CONFIG, key, f"{args.type}{args.num_bits} per {args.strategy}"),)
+    of_type, strategy = _word(args.type), _word(args.strategy)
+    weight = WeightForm(type=of_type, strategy=_STRATEGIES[strategy], symmetric=args.symmetric)  # type: ignore[arg-type]
+    evidence = (Evidence(CONFIG, key, f"{of_type}{args.num_bits} per {strategy}"),)
     return {
         module: LayerQuant(name, (module,), (StoredForm(module, tensors, weight),), evidence)
         for module, tensors in found.items()
@@ -93,14 +96,20 @@ def cache_type(args: "QuantizationArgs", key: str) -> str:
         UnsupportedSchemeError: if there is none; names the key.
 
     """
-    name = _TYPES.get((str(args.type), args.num_bits))
-    if name is None or args.dynamic is not False or str(args.strategy) not in _STRATEGIES:
-        how = "with scales found at run time" if args.dynamic is not False else f"with scales per {args.strategy}"
+    of_type, strategy = _word(args.type), _word(args.strategy)
+    name = _TYPES.get((of_type, args.num_bits))
+    if name is None or args.dynamic is not False or strategy not in _STRATEGIES:
+        how = "with scales found at run time" if args.dynamic is not False else f"with scales per {strategy}"
         raise UnsupportedSchemeError(
-            f"{CONFIG} asks for what is not served: a key/value cache of {args.type}{args.num_bits} {how}",
+            f"{CONFIG} asks for what is not served: a key/value cache of {of_type}{args.num_bits} {how}",
             where=f"{CONFIG}: {key}",
             expected="int8 or FP8 with stored scales of the tensor or of heads (strategy tensor or attn_head)",
             todo="quantise the cache like that, or not at all",
             file=CONFIG,
         )
     return name
+
+
+def _word(value: object) -> str:
+    """What the section says; the library makes members of enumerations of what it leaves out."""
+    return str(getattr(value, "value", value))

@@ -38,11 +38,13 @@ def quantised_caches(description: Description, folder: CheckpointFolder) -> Mapp
         for suffix in (CACHE_SUFFIXES if last in _PROJECTIONS else ("scale", "offset")) if part else ():
             if suffix in form.tensors:
                 tensors.setdefault(attention, {})[f"{part}_{suffix.rpartition('_')[2]}"] = form.tensors[suffix]
-    claimed = next((t for t in (description.keys.kv_cache_type, description.keys.kv_quant_type) if t), None)
+    keys = {"kv_cache_type": description.keys.kv_cache_type, "kv_quant_type": description.keys.kv_quant_type}
+    claimed = next(((key, said) for key, said in keys.items() if said), None)
     if claimed and not tensors and folder.modules:
         raise LayerResolutionError(
-            f"{description.file} claims a key/value cache of the type {claimed!r}, and the files hold no scale of one",
+            f"{description.file} claims a quantised key/value cache, and the files hold no scale of one",
             where=str(folder.path),
+            found=f"{claimed[0]}: {claimed[1]!r}",
             expected=f"tensors such as model.layers.0.self_attn.k_proj.{CACHE_SUFFIXES[0]}",
             todo="take description and weights from one run of the tool",
         )
@@ -50,11 +52,12 @@ def quantised_caches(description: Description, folder: CheckpointFolder) -> Mapp
 
 
 def _cache(attention: str, tensors: dict[str, StoredTensor], description: Description) -> LayerQuant:
-    if lacking := [name for name in ("k_scale", "v_scale") if name not in tensors]:
+    kinds = dict.fromkeys(["scale", *(name.partition("_")[2] for name in tensors)])
+    if lacking := [name for kind in kinds for name in (f"k_{kind}", f"v_{kind}") if name not in tensors]:
         raise LayerResolutionError(
             f"{attention}: the scales of its cache are only partly there",
             found=listing(tensor.name for tensor in tensors.values()),
-            expected=f"also {listing(lacking)}",
+            expected=f"also {listing(_called(attention, name, tensors) for name in lacking)}",
             todo="finish the download, or take description and weights from one run of the tool",
             layer=attention,
         )
@@ -72,6 +75,14 @@ def _cache(attention: str, tensors: dict[str, StoredTensor], description: Descri
             todo="take description and weights from one run of the tool",
             layer=attention,
         )
+    if len({entry.value for entry in evidence}) > 1:
+        raise LayerResolutionError(
+            f"{description.file} gives the cache of {attention} several types",
+            found=listing(f"{entry.key} is {entry.value}" for entry in evidence),
+            expected="one type for all of its tensors",
+            todo="take description and weights from one run of the tool",
+            layer=attention,
+        )
     computed = description.attention_types.get(attention)
     if computed is not None:
         entry = Evidence(description.file, f"{attention}.{ATTENTION_TYPE}", computed)
@@ -80,3 +91,10 @@ def _cache(attention: str, tensors: dict[str, StoredTensor], description: Descri
     symmetric = not any(name.endswith("_offset") for name in tensors)
     form = StoredForm(attention, tensors, weight=WeightForm(strategy="channel", symmetric=symmetric))
     return LayerQuant(evidence[0].value, (attention,), (form,), tuple(evidence))
+
+
+def _called(attention: str, name: str, tensors: Mapping[str, StoredTensor]) -> str:
+    """What the checkpoint would call a tensor that it lacks, beside those that it has."""
+    part, _, kind = name.partition("_")
+    latent = any(tensor.name.split(".")[-2] in _COMPUTED for tensor in tensors.values())
+    return f"{attention}.fa_{part}.{kind}" if latent else f"{attention}.{part}_proj.kv_cache_{kind}"

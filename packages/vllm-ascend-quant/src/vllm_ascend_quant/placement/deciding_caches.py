@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from quant_core import AttentionSizes, LayerQuant, LayerResolutionError, LimitError
 from quant_core.errors import listing
@@ -33,7 +34,7 @@ def decide_caches(model: nn.Module, served: ServedModel, vllm_config: Any) -> bo
         path = _path_of(module, layers, model, served)
         if path is None:
             continue
-        _take_over(path, layers[path], quant, served, vllm_config)
+        _take_over(path, model, quant, served, vllm_config)
         served.caches[path] = quant
         served.cache_tensors |= {
             tensor.name: f"{path}.{NAME}.{suffix}" for suffix, tensor in quant.stored[0].tensors.items()
@@ -88,7 +89,8 @@ def _path_of(module: str, layers: dict[str, nn.Module], model: nn.Module, served
     )
 
 
-def _take_over(path: str, layer: Any, quant: LayerQuant, served: ServedModel, vllm_config: Any) -> None:
+def _take_over(path: str, model: nn.Module, quant: LayerQuant, served: ServedModel, vllm_config: Any) -> None:
+    layer: Any = model.get_submodule(path)
     latent = compat.has_cpu_latent_attention(layer)
     if not latent and not compat.has_cpu_attention(layer):
         raise LimitError(
@@ -108,7 +110,10 @@ def _take_over(path: str, layer: Any, quant: LayerQuant, served: ServedModel, vl
         )
     if not latent and layer.head_size != layer.head_size_v:
         raise LimitError(f"{path}: keys of {layer.head_size} and values of {layer.head_size_v} features share no page")
-    sizes = _latent_sizes(layer, vllm_config) if latent else _sizes(layer, quant, vllm_config)
+    if latent:
+        sizes = _latent_sizes(layer, vllm_config)
+    else:
+        sizes = _sizes(layer, quant, vllm_config, _heads_beside(model, path))
     dtype = vllm_config.model_config.dtype
     method = AscendKVCacheMethod(served.format, path, quant, sizes, dtype, served.made_up)
     layer.add_module(NAME, CacheScales(method))
@@ -149,16 +154,23 @@ def _latent_sizes(layer: Any, vllm_config: Any) -> AttentionSizes:
     )
 
 
-def _sizes(layer: Any, quant: LayerQuant, vllm_config: Any) -> AttentionSizes:
-    """Heads over all ranks: a head may be held by several of them."""
+def _sizes(layer: Any, quant: LayerQuant, vllm_config: Any, told: int | None) -> AttentionSizes:
+    """Heads over all ranks: a head may be held by several of them.
+
+    Args:
+        layer: knows those of this rank.
+        quant: its scales tell how many there are, for want of better.
+        vllm_config: knows the ranks.
+        told: key/value heads by the layer that makes them; None if it does not say.
+
+    """
     parallel = vllm_config.parallel_config
     ranks, rank = parallel.tensor_parallel_size, get_tensor_model_parallel_rank()
-    total = layer.num_kv_heads * ranks
-    stored = quant.stored[0]
-    if stored.weight is not None and stored.weight.strategy in ("channel", "head"):
-        count = math.prod(stored.shape("k_scale", ()))
-        heads = count // layer.head_size if stored.weight.strategy == "channel" else count
-        total = heads if 0 < heads < total and ranks % heads == 0 else total
+    total, stored = told or layer.num_kv_heads * ranks, quant.stored[0]
+    per_head = {"channel": layer.head_size, "head": 1}.get(stored.weight.strategy if stored.weight else "")
+    if told is None and per_head is not None and layer.num_kv_heads == 1:
+        heads = math.prod(stored.shape("k_scale", ())) // per_head
+        total = heads if 0 < heads < ranks and ranks % heads == 0 else total
     copies = max(1, layer.num_kv_heads * ranks // total)
     return AttentionSizes(
         num_heads=layer.num_heads * ranks,
@@ -168,3 +180,10 @@ def _sizes(layer: Any, quant: LayerQuant, vllm_config: Any) -> AttentionSizes:
         local_heads=(layer.num_heads, layer.num_kv_heads),
         first_kv_head=rank // copies * layer.num_kv_heads,
     )
+
+
+def _heads_beside(model: nn.Module, path: str) -> int | None:
+    """Key/value heads over all ranks, by the layer beside an attention layer that makes keys and values."""
+    beside = model.get_submodule(path.rpartition(".")[0]).children()
+    told = {layer.total_num_kv_heads for layer in beside if isinstance(layer, QKVParallelLinear)}
+    return told.pop() if len(told) == 1 else None
