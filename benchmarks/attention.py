@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import quant_core.ops  # noqa: F401 - defines the operators
 import torch
 from measure import alternating, arguments, report
+from torch import Tensor
+
+import quant_core.ops  # noqa: F401 - defines the operators
 from quant_core.ops.cpu import attend as cpu_attend
 from quant_core.ops.cpu import native
-from torch import Tensor
 
 HEADS, KV_HEADS, D, BLOCK = 32, 8, 128, 128
 SCALE = D**-0.5
