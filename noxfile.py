@@ -455,7 +455,8 @@ def native(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
         prove(session, python, ("quant-core",))
         for isa in [known.isa] if known.isa else isas:
-            env = {"ATEN_CPU_CAPABILITY": isa, "TORCH_EXTENSIONS_DIR": folder, "CXX": "g++"}
+            capability = ISAS[isa][1]["ATEN_CPU_CAPABILITY"] if isa in ISAS else isa
+            env = {"ATEN_CPU_CAPABILITY": capability, "TORCH_EXTENSIONS_DIR": folder, "CXX": "g++"}
             build = "from quant_core.ops.cpu import native; print(native.build())"
             session.run(str(python), "-c", build, env=env | {"CXXFLAGS": STRICT}, external=True)
             env |= {
