@@ -431,6 +431,44 @@ def test_schemas(session: nox.Session) -> None:
         session.run(str(python), str(tool), "run", "--", *command, env=env, external=True)
 
 
+#: Tests of the native code, and what it is compiled with besides. The warning that is left out is about gcc's headers.
+NATIVE_TESTS = ("attend_pages", "quantize_to_pages", "fused_attention")
+STRICT = "-Wall -Wextra -Werror -Wno-maybe-uninitialized"
+SANITIZED = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+
+# Not by default: gcc only (clang finds its sanitizers otherwise), and minutes.
+@nox.session(venv_backend="none", default=False)
+def native(session: nox.Session) -> None:
+    """Build quant-core's native code with warnings as errors, then run its tests under sanitizers; Linux with g++."""
+    known, arguments = options(session)
+    python = test_environment(session, "", "cpu")
+    install_wheels(session, python, ("quant-core",))
+    gcc = ["g++", "-print-file-name={}"]
+    libraries = [
+        subprocess.run([gcc[0], gcc[1].format(name)], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    flags = Path("/proc/cpuinfo").read_text().split()
+    isas = [isa for isa in ("default", "avx2", "avx512") if isa == "default" or ISAS[isa][0] in flags]
+    tests = [str(ROOT / "packages" / "quant-core" / "tests" / "ops" / f"test_{name}.py") for name in NATIVE_TESTS]
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        prove(session, python, ("quant-core",))
+        for isa in [known.isa] if known.isa else isas:
+            capability = ISAS[isa][1]["ATEN_CPU_CAPABILITY"] if isa in ISAS else isa
+            env = {"ATEN_CPU_CAPABILITY": capability, "TORCH_EXTENSIONS_DIR": folder, "CXX": "g++"}
+            build = "from quant_core.ops.cpu import native; print(native.build())"
+            session.run(str(python), "-c", build, env=env | {"CXXFLAGS": STRICT}, external=True)
+            env |= {
+                "CXXFLAGS": SANITIZED,
+                "LD_PRELOAD": " ".join(libraries),
+                "ASAN_OPTIONS": "detect_leaks=0",  # Python never frees what it keeps to its end
+                "QUANT_CORE_TEST_NATIVE": "1",  # fail, do not skip, without it
+            }
+            command = [str(python), "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *tests, "-k", "native"]
+            session.run(*command, *workers("cpu"), *arguments, env=variables("cpu") | env, external=True)
+
+
 @nox.session(venv_backend="none", default=False)
 def tests(session: nox.Session) -> None:
     """All test sessions that run by default."""
@@ -475,6 +513,6 @@ def bench(session: nox.Session) -> None:
     known, rest = options(session)
     older = older_processor(session, known.isa)
     name, *arguments = rest or [""]
-    for script in [name] if name else ["linear", "schemes", "overhead", "resolve", "loading", "server"]:
+    for script in [name] if name else ["linear", "schemes", "overhead", "resolve", "loading", "attention", "server"]:
         file = str(ROOT / "benchmarks" / f"{script}.py")
         session.run(str(python), file, *arguments, env=variables("cpu", VLLM) | older, external=True)

@@ -7,6 +7,8 @@ import paged
 import pytest
 import torch
 
+from quant_core.ops import pages
+
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 
 #: What an output may differ by, relative to the largest: the rounding to the query's dtype, and sums in float32.
@@ -166,6 +168,48 @@ def test_offsets_far_outside_the_codes() -> None:
         for one in kept:
             one[:, :, ::3] += 500 * scale.double()[:, ::3]
     check(cache, [1, 8], scale=0.02)
+
+
+def test_results_are_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(each_pages_path: str) -> None:
+    if each_pages_path == "torch":
+        pytest.skip("products of torch round as they please")
+    cache, threads = paged.Cache([1300, 40, 700, 2200, 5], heads=1, size=32), torch.get_num_threads()
+    starts = [0, 1, 31, 32, 35, 40]
+    query, out = torch.randn(40, 4, 32), torch.zeros(40, 4, 32)
+    cache.attend(query, starts, out)
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            again = torch.zeros_like(out)
+            cache.attend(query, starts, again)
+            assert torch.equal(out, again)
+    finally:
+        torch.set_num_threads(threads)
+    table, lengths = cache.block_table, cache.lengths
+    for sequence, (start, stop) in enumerate(itertools.pairwise(starts)):
+        cache.block_table, cache.lengths = table[sequence : sequence + 1], [lengths[sequence]]
+        alone = torch.zeros(stop - start, 4, 32)
+        cache.attend(query[start:stop], [0, stop - start], alone)
+        assert torch.equal(alone, out[start:stop])
+
+
+@pytest.mark.parametrize("rule", [{}, {"causal": False}, {"window": 20}, {"window": 20, "causal": False}])
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+def test_composed_of_the_operators_of_an_npu(dtype: torch.dtype, rule: dict[str, Any]) -> None:
+    cache, query = paged.Cache([40, 90], dtype), torch.randn(32, 4, 64)
+    out, composed = torch.full((32, 4, 64), 7.0), torch.full((32, 4, 64), 7.0)
+    cache.attend(query, [0, 1, 30], out, **rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged, "attend_pages", pages.attend_pages_elsewhere)
+        cache.attend(query, [0, 1, 30], composed, **rule)
+    torch.testing.assert_close(composed, out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [{"softcap": 5.0}, {"sinks": torch.ones(4)}, {"alibi": torch.ones(4)}])
+def test_what_an_npu_does_not_have_is_named(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "attend_pages", pages.attend_pages_elsewhere)
+    with pytest.raises(NotImplementedError, match=next(iter(rule))):
+        paged.Cache([5]).attend(torch.randn(1, 4, 64), [0, 1], torch.zeros(1, 4, 64), **rule)
 
 
 def test_compiled(compile_afresh: Any) -> None:

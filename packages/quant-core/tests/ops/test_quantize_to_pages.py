@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant_core.ops.pages import quantize_to_pages_elsewhere
+
 HEADS, D, BLOCK = 2, 48, 16
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 
@@ -118,6 +120,18 @@ def test_slices_of_a_fused_projection_into_pages_of_another_order(tokens: int) -
     write(key, value, key_pages.transpose(1, 2), value_pages.transpose(1, 2), ones, None, ones, None, slots)
     assert torch.equal(key_pages.flatten(0, 1)[slots], want(key, ones, None, INT8))
     assert torch.equal(value_pages.flatten(0, 1)[slots], want(value, ones, None, INT8))
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+def test_composed_of_the_operators_of_an_npu(dtype: torch.dtype, offsets: bool) -> None:
+    both, composed = pages(dtype), pages(dtype)
+    new = [torch.randn(3, HEADS, D) * 50 for _ in range(2)]
+    scale, offset = torch.rand(HEADS, D) + 0.5, torch.full((HEADS, D), 7.0) if offsets else None
+    slots = torch.tensor([20, -1, 3])
+    for to, operator in ((both, write), (composed, quantize_to_pages_elsewhere)):
+        operator(*new, to[:, :, :BLOCK], to[:, :, BLOCK:], scale, offset, scale, None, slots)
+    assert torch.equal(bits(both), bits(composed))
 
 
 def test_compiled(compile_afresh: Callable[..., Any]) -> None:

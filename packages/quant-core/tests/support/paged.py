@@ -1,13 +1,19 @@
 """Sequences in pages, and attention to them in float64, written without the package's code."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import quant_core.ops  # noqa: F401 - defines the operators
+
 KV_HEADS = 2
+
+#: What is tested.
+attend_pages: Callable[..., None] = torch.ops.quant_core.attend_pages
 
 
 @dataclass
@@ -73,7 +79,7 @@ class Cache:
     def attend(self, query: Tensor, query_start: list[int], out: Tensor, **rules: Any) -> None:
         """By the operator."""
         chosen = {"scale": 0.1, "causal": True, "window": -1, "softcap": 0.0, "sinks": None, "alibi": None, **rules}
-        torch.ops.quant_core.attend_pages(
+        attend_pages(
             query,
             self.key_pages,
             self.value_pages,

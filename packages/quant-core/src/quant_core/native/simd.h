@@ -47,7 +47,8 @@ inline float e4m3_to_float(uint8_t code) {
   if (magnitude == 0x7f) {
     return std::numeric_limits<float>::quiet_NaN();
   }
-  const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f : bits_to_float((magnitude << 20) + (120u << 23));
+  const float value =
+      magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f : bits_to_float((magnitude << 20) + (120u << 23));
   return code & 0x80 ? -value : value;
 }
 
@@ -82,9 +83,11 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   void to(c10::BFloat16* p) const {
-    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i bits = _mm512_castps_si512(v),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    const __m512i all = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, _mm512_set1_epi32(0x7fc00000));
+    const __m512i all =
+        _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, _mm512_set1_epi32(0x7fc00000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
   }
   // this · b + c
@@ -98,7 +101,8 @@ struct Vec {
   Vec rounded() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // 2 to the power of an integer from -126 to 127
   static Vec power(Vec n) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+    return {
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
   }
   // `otherwise` where this is outside of low..high
   Vec inside(Vec value, Vec low, Vec high, Vec otherwise) const {
@@ -128,7 +132,9 @@ struct Vec {
     return {_mm256_castsi256_ps(bits)};
   }
   static Vec from(const float* p) { return load(p); }
-  static Vec from(const c10::Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static Vec from(const c10::Half* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
   static Vec from(const c10::BFloat16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
@@ -138,7 +144,8 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   void to(c10::BFloat16* p) const {
-    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i bits = _mm256_castps_si256(v),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i all = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
@@ -154,7 +161,8 @@ struct Vec {
   Vec min(Vec b) const { return {_mm256_min_ps(v, b.v)}; }
   Vec rounded() const { return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   static Vec power(Vec n) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+    return {
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
   }
   Vec inside(Vec value, Vec low, Vec high, Vec otherwise) const {
     const __m256 in = _mm256_and_ps(_mm256_cmp_ps(v, low.v, _CMP_GE_OQ), _mm256_cmp_ps(v, high.v, _CMP_LE_OQ));
@@ -287,6 +295,22 @@ inline Vec exp(Vec x) {
   const Vec result = p * Vec::power(n);
   const Vec lowest = Vec::all(-std::numeric_limits<float>::infinity());
   return x.inside(Vec::zero(), lowest, Vec::all(-87.0f), result);
+}
+
+// tanh with an error of a few units in the last place
+inline Vec tanh(Vec x) {
+  const Vec one = Vec::all(1.0f), magnitude = x.max(Vec::zero() - x);
+  const Vec e = exp(Vec::all(-2.0f) * magnitude);
+  const Vec large = (one - e) / (one + e);
+  const Vec z = x * x;
+  Vec small = Vec::all(-5.70498872745e-3f);
+  for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f}) {
+    small = small.fma(z, Vec::all(c));
+  }
+  small = (small * z).fma(x, x);
+  const Vec limit = Vec::all(0.625f), all = Vec::all(std::numeric_limits<float>::infinity());
+  const Vec positive = x.inside(large, Vec::zero(), all, Vec::zero() - large);
+  return x.inside(small, Vec::zero() - limit, limit, positive);
 }
 
 template <class T>

@@ -222,7 +222,7 @@ def _codes(what: str, pages: Tensor, scale: Tensor | None, offset: Tensor | None
                 f"{_NAME}: {what}_antiquant_scale or offset has the shape {list(values.shape)}, with "
                 f"{what}_antiquant_mode {mode} there must be {' or '.join(map(str, wanted))} values"
             )
-        flat = values.to(torch.float32).reshape(-1, 1 if mode == PER_HEAD or values.numel() == 1 else size)
+        flat: Tensor = values.to(torch.float32).reshape(-1, 1 if mode == PER_HEAD or values.numel() == 1 else size)
         return flat.expand(heads, size).contiguous()
 
     return Codes(pages, spread(scale), None if offset is None else -spread(offset))
