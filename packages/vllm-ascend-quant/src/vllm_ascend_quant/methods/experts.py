@@ -122,13 +122,8 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         held = range(config.num_experts)
         local = held if table is None else sorted((e for e in held if table[e] >= 0), key=lambda e: int(table[e]))
         activation = config.activation.value
-        given = {
-            "limit": config.swiglu_limit,
-            "alpha": config.swiglu_alpha,
-            "beta": config.swiglu_beta,
-        }
         usual = _SWIGLUOAI if activation.startswith("swigluoai") else {}
-        limits = usual | {name: value for name, value in given.items() if value is not None}
+        limits = usual | compat.swiglu_settings(config)
         return ExpertSizes(
             hidden_size,
             intermediate_size,

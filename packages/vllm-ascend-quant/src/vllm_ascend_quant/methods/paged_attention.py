@@ -11,6 +11,9 @@ from quant_core import AscendAttentionScheme, AttentionBatch, Pages
 class AscendCPUAttentionBackend(CPUAttentionBackend):
     """vLLM's, but for what is computed."""
 
+    #: The cache is written by itself, before. In vLLM 0.23 attention on CPU does both at once.
+    forward_includes_kv_cache_update = False
+
     @staticmethod
     def get_impl_cls() -> "type[AscendCPUAttentionImpl]":
         """Ours."""
