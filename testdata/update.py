@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIMIT = 25_000_000  # bytes that a clone should have to carry at most
+LIMIT = 26_000_000  # bytes that a clone should have to carry at most
 
 MODELS = ["qwen3", "qwen2"]
 CHECKPOINTS = [
@@ -28,6 +28,7 @@ CHECKPOINTS = [
     "msmodelslim/qwen3/V0_W8A8_LEGACYNAMES",
     "msmodelslim/qwen3/V0_W8A8_M4",
     "msmodelslim/qwen3/MIXED_LAYERS",
+    "msmodelslim/qwen3/W8A8C8_ASYM",
     "msmodelslim/qwen2/W8A8",
     "msmodelslim/qwen2/W8A8_DYNAMIC",
     "msmodelslim/qwen3-moe/W8A8_DYNAMIC",

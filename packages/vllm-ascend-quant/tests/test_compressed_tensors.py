@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
 import ranks
 
-from quant_core import QuantError
 from vllm_ascend_quant import AscendCompressedTensorsConfig
 
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or Path(__file__).parents[3] / "testdata")
@@ -33,9 +32,6 @@ READINGS = {"MXFP4": "@mx_floor", "MXFP8": "@mx_floor", "W8A8_DYNAMIC_ASYM": "@f
 BEYOND_THE_RULE = {
     ("llmcompressor/qwen3-moe/W4A16_GROUP", "bfloat16"): "prompt 3: token 5 is 19, expected 18 (margin 1.465 > 0.807)"
 }
-
-#: With a quantised key/value cache, which is refused by name before a weight is read.
-CACHES = ("KV_FP8", "KV_INT8")
 
 EXACT_TP = {"additional_config": {"ascend_quant": {"exact_tp": True}}}
 
@@ -67,14 +63,13 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     return folder
 
 
-SERVED = [key for key in reference_keys() if not any(cache in key for cache in CACHES)]
-WITH_CACHES = [key for key in reference_keys() if key not in SERVED]
+SERVED = reference_keys()
 
 
 def test_there_is_something_to_serve() -> None:
     """A wrong data folder must not pass as an empty list of cases."""
-    assert len(SERVED) >= 12, f"only {SERVED} in {FOLDER}"
-    assert WITH_CACHES
+    assert len(SERVED) >= 13, f"only {SERVED} in {FOLDER}"
+    assert any("KV_FP8" in key for key in SERVED), "none has a quantised cache"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -95,14 +90,6 @@ def test_equal_to_the_reference(
     assert verdict["ok"] or verdict["why"] == [BEYOND_THE_RULE.get((key, dtype))], verdict["why"]
 
 
-@pytest.mark.parametrize("key", WITH_CACHES)
-def test_quantised_caches_are_refused_by_name(key: str, tmp_path: Path, configure: Callable[..., Any]) -> None:
-    """In the front process, before an engine starts."""
-    folder = assembled(key, tmp_path / "model")
-    with pytest.raises(QuantError, match=r"(?s)a quantised key/value cache.*quantization_config\.kv_cache_scheme"):
-        configure(folder)
-
-
 #: One checkpoint of each family, and what makes it answer as on one rank: the reference knows no ranks.
 CUT: dict[str, dict[str, Any]] = {
     "qwen3/W8A8_STATIC_ASYM": {},
@@ -115,6 +102,9 @@ CUT: dict[str, dict[str, Any]] = {
     "qwen3/FP8_STATIC": {},
     "qwen3/MXFP8": {},
     "qwen3/NVFP4": {},
+    "qwen3/KV_FP8_CT010": EXACT_TP,
+    "qwen3/W8A8_DYNAMIC_KV_INT8": EXACT_TP,
+    "qwen3/FP8_DYNAMIC_KV_FP8_HEAD": EXACT_TP,
     "qwen3-moe/W4A8_CHANNEL": EXACT_TP,
     "qwen3-moe/W4A16_GROUP": {},
 }

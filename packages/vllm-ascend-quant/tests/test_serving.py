@@ -18,9 +18,10 @@ REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
 MSMODELSLIM = DATA / "checkpoints" / "msmodelslim"
 
-#: The types that are served on linear layers.
+#: The types that are served, on linear layers and as caches.
 SERVED = {
     "FLOAT",
+    "C8",
     "W8A8",
     "W8A8S",
     "W8A8_DYNAMIC",
