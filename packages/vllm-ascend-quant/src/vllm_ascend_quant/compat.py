@@ -119,7 +119,10 @@ def expert_chooser() -> Callable[..., tuple[Any, Any]] | None:
     if not platform.is_cpu() or _exists("vllm.model_executor.layers.fused_moe.router.cpu_router"):
         return None
     # vLLM 0.23 has it in another place than 0.28.
-    places = ("vllm.model_executor.layers.fused_moe.experts.cpu_moe", "vllm.model_executor.layers.fused_moe.cpu_fused_moe")
+    places = (
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+        "vllm.model_executor.layers.fused_moe.cpu_fused_moe",
+    )
     select = importlib.import_module(next(filter(_exists, places))).select_experts
 
     def choose(layer: Any, x: Any, router_logits: Any) -> tuple[Any, Any]:
