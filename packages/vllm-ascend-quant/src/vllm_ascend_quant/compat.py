@@ -111,19 +111,16 @@ def expert_names(layer: Any) -> tuple[str, ...]:
 
 
 def expert_chooser() -> Callable[..., tuple[Any, Any]] | None:
-    """What chooses each token's experts where vLLM leaves it to their method: 0.28 has no router that works on a CPU.
+    """What chooses each token's experts where vLLM leaves it to their method: 0.23 to 0.28 have no router that works on a CPU.
 
     None where vLLM chooses them itself. To be asked for before a model runs, since compiled code cannot import.
     """
     platform = importlib.import_module("vllm.platforms").current_platform
     if not platform.is_cpu() or _exists("vllm.model_executor.layers.fused_moe.router.cpu_router"):
         return None
-    # vLLM 0.23 has it in another place than 0.28.
-    places = (
-        "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
-        "vllm.model_executor.layers.fused_moe.cpu_fused_moe",
-    )
-    select = importlib.import_module(next(filter(_exists, places))).select_experts
+    older = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"  # in vLLM 0.23
+    place = older if _exists(older) else "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
+    select = importlib.import_module(place).select_experts
 
     def choose(layer: Any, x: Any, router_logits: Any) -> tuple[Any, Any]:
         return select(  # type: ignore[no-any-return]
@@ -204,6 +201,15 @@ def has_cpu_attention(layer: Any) -> bool:
     """Whether a layer's attention over keys and values is that of vLLM's CPU build."""
     backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
     return type(layer.impl) is backend.CPUAttentionBackendImpl and layer.attn_type == "decoder"
+
+
+def attention_window(impl: Any) -> int:
+    """How many tokens one of a decoder sees, itself included; -1 for all."""
+    window = impl.sliding_window
+    if isinstance(window, int):
+        return window
+    # vLLM 0.23: how many before it, and how many behind.
+    return -1 if window[0] < 0 else int(window[0]) + 1
 
 
 def has_cpu_latent_attention(layer: Any) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from quant_core import AscendAttentionScheme, AttentionBatch, Pages
+from vllm_ascend_quant import compat
 
 
 class AscendCPUAttentionBackend(CPUAttentionBackend):
@@ -71,7 +72,7 @@ class AscendCPUAttentionImpl(CPUAttentionBackendImpl):
             attn_metadata.seq_lens,
             self.scale,
             attn_metadata.causal,
-            self.sliding_window,
+            compat.attention_window(self),
             self.logits_soft_cap,
             self.sinks,
             self.alibi_slopes,
