@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import vllm
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
 import architectures
 import ranks
 from survey_kinds import DEEPSEEK_V3, MLA, NATIVE
+from versions import lacking
 
 from quant_core import LayerResolutionError, LoadError, QuantError, get_scheme_class
 from quant_modelslim.writer import write_checkpoint
@@ -257,7 +256,7 @@ def drafting_deepseek(folder: Path) -> Path:
     return folder / "quant"
 
 
-@pytest.mark.skipif(Version(vllm.__version__) < Version("0.29"), reason="its latent attention does not import on CPU")
+@pytest.mark.skipif(bool(lacking("latent attention")), reason=lacking("latent attention"))
 def test_a_layer_that_drafts(tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any]) -> None:
     """vLLM renames it in the code of its loader, which is asked."""
     folder = drafting_deepseek(tmp_path)

@@ -258,7 +258,7 @@ def module_level(path: str) -> tuple[Any, str]:
 #: Where `register_quantization_config` keeps what it is given.
 ADDED_METHODS = "vllm.model_executor.layers.quantization:_CUSTOMIZED_METHOD_TO_QUANT_CONFIG"
 
-#: The functions of vLLM that are wrapped, for lack of a hook; see plugin/wrappers.py.
+#: The functions of vLLM that are wrapped, for lack of a hook; see plugin/wrappers.py. Needed for 0.23 to 0.32:
 CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
 CREATE_DRAFT_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
 CREATE_ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
@@ -273,11 +273,15 @@ WAIT_FOR_ENGINES = "vllm.v1.engine.utils:wait_for_engine_startup"
 SAVE_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.save_model"
 LOAD_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.load_weights"
 
-#: What reads the weight of a layer of latent attention. On CPU, vLLM 0.28 has no such attention.
+#: Needed for 0.28 to 0.32. vLLM 0.23 takes the dtype of the weight in the middle of its code for prefixes, which runs on
+#: GPUs only: its CPU build has no latent attention, and vllm-ascend has one of its own.
 LATENT_INPUT = "vllm.model_executor.layers.attention.mla_attention:_get_kv_b_proj_input_dtype"
+
+#: What reads the weight of a layer of latent attention, under its own name and under that of its importer. Needed for
+#: 0.23 to 0.32 wherever latent attention runs: the module of the second cannot be imported on CPU in 0.28.
 LATENT_WEIGHT = "vllm.model_executor.layers.attention.mla_attention:get_and_maybe_dequant_weights"
 READ_WEIGHT = "vllm.model_executor.layers.quantization.utils.quant_utils:get_and_maybe_dequant_weights"
-NOT_IN_ALL = {LATENT_INPUT, LATENT_WEIGHT, READ_WEIGHT}
+NOT_IN_ALL = {LATENT_INPUT, LATENT_WEIGHT, READ_WEIGHT}  # no model of ours is refused for want of these
 
 
 def has(path: str) -> bool:
