@@ -140,7 +140,7 @@ def test_a_saved_state_that_is_damaged(tmp_path: Path, load_model: Callable[...,
         ShardedStateLoader.save_model(model, str(target))
     (file,) = target.glob("*.safetensors")
     tensors = load_file(file)
-    (name,) = [name for name in tensors if "layers.1." in name and name.endswith("v_scale")]
+    (name,) = [name for name in tensors if "layers.1." in name and name.endswith("quantised_cache.v_scale")]
     save_file({**tensors, name: tensors[name][:1].clone()}, file)
     with (
         pytest.raises(LoadError, match=rf"the saved {name} does not fit"),

@@ -53,6 +53,14 @@ def test_there_is_something_to_serve() -> None:
     assert {key.split("/")[1] for key in expert_checkpoints()} == {"deepseek-v3", "qwen3-moe"}
 
 
+@pytest.fixture
+def any_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of DeepSeek are looked at beside ordinary attention, where there is no latent one."""
+    if lacking("latent attention"):
+        monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+
+
+@pytest.mark.usefixtures("any_attention")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("key", expert_checkpoints())
 def test_equal_to_the_reference(
@@ -70,6 +78,7 @@ EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True, **
 
 
 @pytest.mark.xdist_group("engines of several processes")
+@pytest.mark.usefixtures("any_attention")
 @pytest.mark.parametrize(
     "options",
     [

@@ -185,6 +185,13 @@ def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:
     return inputs, [layer.num_embeddings_per_partition], inputs, layer.num_embeddings_padded
 
 
+def rank_of(layer: Any) -> tuple[int, int]:
+    """The rank of a linear or vocabulary layer, and of how many: vLLM 0.23's vocabulary layers do not keep the first."""
+    if hasattr(layer, "tp_rank"):
+        return layer.tp_rank, layer.tp_size
+    return importlib.import_module("vllm.distributed").get_tensor_model_parallel_rank(), layer.tp_size
+
+
 def tell_ranks(layer: Any) -> None:
     """Let a layer's parameters know their rank, once they are made: vLLM 0.23 has vocabulary layers cut them instead."""
     if hasattr(layer, "update_param_tp_status"):
