@@ -73,6 +73,16 @@ def test_equal_to_the_reference(
     assert verdict["ok"], verdict["why"]
 
 
+def test_by_vllms_transformers_backend(
+    start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any
+) -> None:
+    """Whose layers of experts load themselves."""
+    key = "msmodelslim/qwen3-moe/W8A8_DYNAMIC"
+    with start_engine(DATA / "checkpoints" / key, model_impl="transformers") as llm:
+        verdict = reference.judge(key, ask(llm, reference.prompts), "float32")
+    assert verdict["ok"], verdict["why"]
+
+
 EXACT_TP = {"additional_config": {"ascend_quant": {"exact_tp": True}}}
 EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True, **EXACT_TP}
 

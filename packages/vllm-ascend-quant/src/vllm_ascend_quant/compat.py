@@ -111,7 +111,7 @@ def expert_names(layer: Any) -> tuple[str, ...]:
 
 
 def expert_chooser() -> Callable[..., tuple[Any, Any]] | None:
-    """What chooses each token's experts where vLLM leaves it to their method: 0.23 to 0.28 have no router that works on a CPU.
+    """What chooses each token's experts where vLLM leaves it to their method: 0.23 to 0.28 have no router for CPUs.
 
     None where vLLM chooses them itself. To be asked for before a model runs, since compiled code cannot import.
     """
@@ -165,6 +165,24 @@ def replace_expert_method(layer: Any, method: Any) -> None:
         setattr(owner, name, method)
 
 
+def expert_loader(layer: Any) -> Callable[..., Any]:
+    """What vLLM loads the experts of a layer with, if nothing else was put in its place."""
+    return type(layer).weight_loader.__get__(layer)  # type: ignore[no-any-return]
+
+
+def load_by_parameters(layer: Any) -> None:
+    """Have each parameter of a layer of experts loaded by its own loader.
+
+    For vLLM 0.23, which loads some experts, those of its transformers backend, with a method of the layer.
+    """
+    if not _exists("vllm.model_executor.layers.fused_moe.routed_experts"):
+        layer.weight_loader = _load_by_parameter
+
+
+def _load_by_parameter(param: Any, *args: Any, **kwargs: Any) -> Any:
+    return param.weight_loader(param, *args, **kwargs)
+
+
 def build_name(layer: Any) -> str:
     """What vLLM called a layer while it was built: vLLM 0.28 does not keep it for vocabulary layers."""
     return getattr(layer, "prefix", "")
@@ -186,14 +204,14 @@ def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:
 
 
 def rank_of(layer: Any) -> tuple[int, int]:
-    """The rank of a linear or vocabulary layer, and of how many: vLLM 0.23's vocabulary layers do not keep the first."""
+    """The rank of a layer, and of how many it is one: vLLM 0.23's vocabulary layers keep the number only."""
     if hasattr(layer, "tp_rank"):
         return layer.tp_rank, layer.tp_size
     return importlib.import_module("vllm.distributed").get_tensor_model_parallel_rank(), layer.tp_size
 
 
 def tell_ranks(layer: Any) -> None:
-    """Let a layer's parameters know their rank, once they are made: vLLM 0.23 has vocabulary layers cut them instead."""
+    """Let a layer's parameters know their rank: vLLM 0.23's vocabulary layers cut what they load, and tell nobody."""
     if hasattr(layer, "update_param_tp_status"):
         layer.update_param_tp_status()
 
@@ -280,8 +298,8 @@ WAIT_FOR_ENGINES = "vllm.v1.engine.utils:wait_for_engine_startup"
 SAVE_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.save_model"
 LOAD_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.load_weights"
 
-#: Needed for 0.28 to 0.32. vLLM 0.23 takes the dtype of the weight in the middle of its code for prefixes, which runs on
-#: GPUs only: its CPU build has no latent attention, and vllm-ascend has one of its own.
+#: Needed for 0.28 to 0.32. vLLM 0.23 asks the weight in the middle of its code for prefixes, which runs on GPUs only:
+#: its CPU build has no latent attention, and vllm-ascend has one of its own.
 LATENT_INPUT = "vllm.model_executor.layers.attention.mla_attention:_get_kv_b_proj_input_dtype"
 
 #: What reads the weight of a layer of latent attention, under its own name and under that of its importer. Needed for

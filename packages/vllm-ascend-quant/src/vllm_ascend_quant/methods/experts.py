@@ -108,6 +108,7 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         scheme = create_scheme(query, self.quant)
         assert isinstance(scheme, AscendMoEScheme)
         self.quant_method = scheme
+        compat.load_by_parameters(layer)
         places = {expert: place for place, expert in enumerate(query.sizes.local_experts)}  # type: ignore[union-attr]
         for prefix, half in scheme.halves.items():
             for name, layout in layouts_of(linear_params(half), half.context).items():
