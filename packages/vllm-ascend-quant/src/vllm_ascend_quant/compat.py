@@ -184,7 +184,7 @@ def _load_by_parameter(param: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def build_name(layer: Any) -> str:
-    """What vLLM called a layer while it was built: vLLM 0.28 does not keep it for vocabulary layers."""
+    """What vLLM called a layer while it was built: vLLM up to 0.28 does not keep it for vocabulary layers."""
     return getattr(layer, "prefix", "")
 
 
@@ -198,7 +198,7 @@ def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:
     if hasattr(layer, "output_partition_sizes"):
         local_inputs = getattr(layer, "input_size_per_partition", layer.input_size)
         return local_inputs, layer.output_partition_sizes, layer.input_size, layer.output_size
-    # A vocabulary layer of vLLM 0.28, which is never cut along its inputs.
+    # A vocabulary layer of vLLM up to 0.28, which is never cut along its inputs.
     inputs: int = layer.embedding_dim
     return inputs, [layer.num_embeddings_per_partition], inputs, layer.num_embeddings_padded
 
@@ -262,7 +262,7 @@ def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
 
 
 def for_quant_config(model_config: Any) -> Any:
-    """A model config as `get_quant_config` takes it: vLLM 0.28 refuses a draft's, whose overrides are a function."""
+    """A model config as `get_quant_config` takes it: up to 0.28 not a draft's, whose overrides are a function."""
     if not callable(model_config.hf_overrides):
         return model_config
     plain = copy.copy(model_config)
@@ -325,14 +325,14 @@ def layers_read_back(model: "nn.Module") -> "list[nn.Module]":
 
 
 def make_up(param: Any) -> None:
-    """Give a parameter of a model without weights the value that it asks for: vLLM 0.28 gives random ones to all."""
+    """Give a parameter of a model without weights the value that it asks for: up to 0.28 vLLM gives random ones."""
     value = getattr(param, "dummy_weight_value", None)
     if value is not None:
         param.data.fill_(value)
 
 
 def saves_pipelines() -> bool:
-    """Whether saved states keep a pipeline's stages apart: vLLM 0.28 writes each over the one before."""
+    """Whether saved states keep a pipeline's stages apart: vLLM up to 0.28 writes each over the one before."""
     path = "vllm.model_executor.model_loader.sharded_state_loader"
     return hasattr(importlib.import_module(path).ShardedStateLoader, "PP_AND_TP_PATTERN")
 
