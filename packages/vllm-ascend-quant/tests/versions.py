@@ -6,7 +6,7 @@ from packaging.version import Version
 #: A feature, the first tested version that has it, and what older ones do instead. The README has the same table.
 SINCE = {
     "latent attention": ("0.32", "vLLM's CPU build has no latent attention (MLA)"),
-    "sinks in float32": ("0.28", "its attention on CPU takes sinks in bfloat16 only"),
+    "sinks in float32": ("0.32", "its attention on CPU takes sinks in bfloat16 only"),
     "strange tensors": ("0.28", "its Qwen models drop tensors of unknown names without a word"),
 }
 
