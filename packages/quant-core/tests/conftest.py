@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from quant_core.ops.cpu import int8_gemm
+from quant_core.ops.cpu import int8_gemm, native
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 from workbench import Workbench
@@ -96,6 +96,13 @@ def run_python() -> Callable[..., str]:
     return run
 
 
-@pytest.fixture(params=["torch"])
-def each_pages_path(request: pytest.FixtureRequest) -> None:
-    """Runs a test with the native code for pages and without."""
+@pytest.fixture(params=["torch", "native"])
+def each_pages_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the native code for pages and without; which of the two."""
+    path: str = request.param
+    operators = native.operators() if path == "native" else None
+    if path == "native" and operators is None:
+        assert "QUANT_CORE_TEST_NATIVE" not in os.environ, "there is no native code"
+        pytest.skip("there is no native code here")
+    monkeypatch.setattr(native, "operators", lambda: operators)
+    return path

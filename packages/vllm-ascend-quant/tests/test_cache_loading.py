@@ -48,7 +48,7 @@ def other(checkpoint: Callable[[str], Path]) -> Path:
 def test_reloads(
     cached: bool, other: Path, start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any
 ) -> None:
-    """First scales, others, the first again: each time what a fresh engine answers, also from a cache that holds codes."""
+    """First scales, others, the first again: each time what a fresh engine answers, also beside codes in the cache."""
     first, prompts = DATA / "checkpoints" / C8, reference.prompts[:4]
     # Prompts' log-probabilities are never taken from a prefix cache: answers to what follows a long prefix are.
     prefix = [token for prompt in reference.prompts for token in prompt][:96]
@@ -140,7 +140,7 @@ def test_a_saved_state_that_is_damaged(tmp_path: Path, load_model: Callable[...,
         ShardedStateLoader.save_model(model, str(target))
     (file,) = target.glob("*.safetensors")
     tensors = load_file(file)
-    (name,) = [name for name in tensors if "layers.1." in name and name.endswith("quantised_cache.v_scale")]
+    (name,) = [name for name in tensors if "layers.1." in name and name.endswith(".quantised_cache.v_scale")]
     save_file({**tensors, name: tensors[name][:1].clone()}, file)
     with (
         pytest.raises(LoadError, match=rf"the saved {name} does not fit"),

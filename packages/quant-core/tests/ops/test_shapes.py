@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attention_calls
 import expert_calls
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 npu = torch.ops.npu
 
-EVERY = CALLS | DECODED | expert_calls.CALLS | expert_calls.DECODED
+EVERY = CALLS | DECODED | expert_calls.CALLS | expert_calls.DECODED | attention_calls.CALLS
 
 REAL = json.loads((Path(__file__).parent / "torch_npu_schemas.json").read_text())["meta_samples"]
 
@@ -137,7 +138,7 @@ def test_a_fake_result_has_the_shape_dtype_and_strides_of_the_kernel_s(call: str
     to_fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (arguments, options))
     with mode:
         fake = operator_of(name)(*to_fake[0], **to_fake[1])
-    pairs = [(real, fake)] if isinstance(real, torch.Tensor) else list(zip(real, fake, strict=True))
+    pairs = [(real, fake)] if isinstance(real, torch.Tensor) else list(zip(real or (), fake or (), strict=True))
     for a, b in pairs:
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import attention_calls
 import expert_calls
 import operator_calls
 import pytest
@@ -11,7 +12,7 @@ from operator_calls import operator_of
 from quant_core import ops
 from quant_core.ops.schemas import SCHEMAS
 
-CALLS = operator_calls.CALLS | expert_calls.CALLS
+CALLS = operator_calls.CALLS | expert_calls.CALLS | attention_calls.CALLS
 
 #: What torch_npu has no Meta kernel for: our fake function is all there is, and a compiled model needs it.
 WITHOUT_META = {

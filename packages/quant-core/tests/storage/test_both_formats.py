@@ -9,7 +9,7 @@ import pytest
 import torch
 from bits import pack_pairs
 from integer_modules import NIBBLES, SYMMETRIC_TOKENS, exact_weight, integers
-from stating import Module
+from stating import Stated
 from torch import Tensor
 
 from quant_core import ActivationForm, get_scheme_class
@@ -26,7 +26,7 @@ TOKENS: dict[str, ActivationForm | None] = {
 }
 
 
-def as_modelslim(quant_type: str, module: Module) -> dict[str, Tensor]:
+def as_modelslim(quant_type: str, module: Stated) -> dict[str, Tensor]:
     """Zero points as floats and zero where there are none, two int4 to a byte where that tool packs."""
     codes, offset, _ = exact_weight(module)
     scale, weight = module["weight_scale"], codes.to(torch.int8)

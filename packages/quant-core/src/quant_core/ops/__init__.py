@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from quant_core.ops import expert_shapes, grouped_shapes, pages, shapes
+from quant_core.ops import attention_shapes, expert_shapes, grouped_shapes, pages, shapes
 from quant_core.ops.cpu import (
     activate_quant,
     activation,
     combine,
     float_matmul,
+    fused_attention,
     gating,
     grouped,
     grouped_activation,
@@ -29,6 +30,7 @@ from quant_core.ops.cpu import (
     mx,
     quantize,
     routing,
+    scatter,
     weight_only,
 )
 from quant_core.ops.schemas import SCHEMAS
@@ -59,6 +61,8 @@ CPU_KERNELS: dict[str, Callable[..., Any]] = {
     "npu_grouped_matmul.List": grouped.npu_grouped_matmul,
     "npu_grouped_matmul_swiglu_quant": grouped_activation.npu_grouped_matmul_swiglu_quant,
     "npu_grouped_matmul_swiglu_quant_v2": grouped_activation.npu_grouped_matmul_swiglu_quant_v2,
+    "npu_fused_infer_attention_score": fused_attention.npu_fused_infer_attention_score,
+    "npu_scatter_pa_kv_cache": scatter.npu_scatter_pa_kv_cache,
 }
 
 #: Operators that take weights of torch's layout `_mkldnn` on CPU, see cpu/packed.py.
@@ -105,7 +109,7 @@ def _is_defined(qualified: str) -> bool:
 def fake_function(name: str) -> Callable[..., Any]:
     """The fake function of an operator of our table, which its overloads share."""
     operator = name.partition(".")[0]
-    modules = (shapes, expert_shapes, grouped_shapes)
+    modules = (shapes, expert_shapes, grouped_shapes, attention_shapes)
     found: Callable[..., Any] = next(getattr(module, operator) for module in modules if hasattr(module, operator))
     return found
 

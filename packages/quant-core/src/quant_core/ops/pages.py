@@ -31,21 +31,6 @@ SCHEMAS = {
 _library = torch.library.Library("quant_core", "FRAGMENT")
 
 
-def quantize_to_pages_on_cpu(
-    key: Tensor,
-    value: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    k_scale: Tensor,
-    k_offset: Tensor | None,
-    v_scale: Tensor,
-    v_offset: Tensor | None,
-    slots: Tensor,
-) -> None:
-    """Natively where that can be."""
-    cpu_write.quantize_to_pages(key, value, key_pages, value_pages, k_scale, k_offset, v_scale, v_offset, slots)
-
-
 def attend_pages_on_cpu(
     query: Tensor,
     key_pages: Tensor,
@@ -65,7 +50,7 @@ def attend_pages_on_cpu(
     alibi: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Natively where that can be."""
+    """Natively where that can be; see quant_core.ops.cpu.attend."""
     cpu_attend.attend(
         query,
         cpu_attend.Codes(key_pages, k_scale, k_offset),
@@ -80,7 +65,7 @@ def attend_pages_on_cpu(
 
 def register() -> None:
     """Define the operators."""
-    kernels = {"quantize_to_pages": quantize_to_pages_on_cpu, "attend_pages": attend_pages_on_cpu}
+    kernels = {"quantize_to_pages": cpu_write.quantize_to_pages, "attend_pages": attend_pages_on_cpu}
     for name, schema in SCHEMAS.items():
         _library.define(name + schema)
         _library.impl(name, kernels[name], "CPU")

@@ -174,7 +174,7 @@ def test_a_reload_that_shares_input_scales_otherwise_is_refused(make: Any, workb
     message = str(raised.value)
     assert "layers.0.proj: the reloaded weights share their input scales among other members than before" in message
     assert "found: rows [(0, 8), (8, 16)]" in message
-    assert "expected: rows ((0, 16),)" in message
+    assert "expected: rows [(0, 16)]" in message
     scheme.process_weights_after_loading(workbench.load(scheme, same))
 
 

@@ -6,6 +6,7 @@ every query goes to the cache, folded into the latent space, as it does on an NP
 
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,13 +38,14 @@ class AscendCPUMLAImpl(CPUMLAImpl):
     scheme: AscendAttentionScheme
     scales: nn.Module
     dtype: torch.dtype
+    _layer: Callable[[], Any]
 
     @classmethod
     def instead_of(
         cls, layer: Any, scheme: AscendAttentionScheme, scales: nn.Module, dtype: torch.dtype
     ) -> "AscendCPUMLAImpl":
         """An implementation with the settings of the one that vLLM made for a layer."""
-        ours = cls.__new__(cls)
+        ours: AscendCPUMLAImpl = object.__new__(cls)
         vars(ours).update(vars(layer.impl))
         ours.scheme, ours.scales, ours.dtype = scheme, scales, dtype
         ours._layer = weakref.ref(layer)  # which holds this

@@ -38,7 +38,7 @@ class AscendCPUAttentionImpl(CPUAttentionBackendImpl):
         cls, impl: CPUAttentionBackendImpl, scheme: AscendAttentionScheme, scales: nn.Module
     ) -> "AscendCPUAttentionImpl":
         """An implementation with the settings of the one that vLLM made."""
-        ours = cls.__new__(cls)
+        ours: AscendCPUAttentionImpl = object.__new__(cls)
         vars(ours).update(vars(impl))
         ours.scheme, ours.scales = scheme, scales
         return ours
@@ -75,7 +75,7 @@ class AscendCPUAttentionImpl(CPUAttentionBackendImpl):
             compat.attention_window(self),
             self.logits_soft_cap,
             self.sinks,
-            self.alibi_slopes,
+            self.alibi_slopes,  # type: ignore[arg-type]  # vLLM has made a tensor of them
         )
         self.scheme.attend(self.scales, query[:count], _pages(kv_cache), batch, output[:count])
         return output

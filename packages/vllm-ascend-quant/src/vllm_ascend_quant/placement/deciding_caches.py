@@ -43,7 +43,27 @@ def decide_caches(model: nn.Module, served: ServedModel, vllm_config: Any) -> bo
         target = quantised.get(getattr(layer, "kv_sharing_target_layer_name", None) or "")
         if target is not None:  # it reads the target's pages, and writes none
             _compute_with(layer, target)
+    _refuse_float_targets(served, layers, quantised)
     return True
+
+
+def _refuse_float_targets(served: ServedModel, layers: dict[str, nn.Module], quantised: dict[str, nn.Module]) -> None:
+    """See that no layer has scales that reads what another one writes in float.
+
+    Raises:
+        LayerResolutionError: names both.
+
+    """
+    for path, quant in served.caches.items():
+        target = getattr(layers[path], "kv_sharing_target_layer_name", None)
+        if target is not None and target not in quantised:
+            raise LayerResolutionError(
+                f"{path}: it shares the cache of {target}, and only one of the two is quantised",
+                found=f"{listing(tensor.name for tensor in quant.stored[0].tensors.values())}, and none for {target}",
+                expected="scales for the layer that writes the cache",
+                todo="quantise the caches of both layers, or of none",
+                layer=path,
+            )
 
 
 def _path_of(module: str, layers: dict[str, nn.Module], model: nn.Module, served: ServedModel) -> str | None:

@@ -1,7 +1,7 @@
-"""Attention over pages of 8-bit keys and values, in calls of torch: it serves where the native code cannot.
+"""Attention over pages of 8-bit keys and values: by native code, or in calls of torch where that cannot be.
 
-One head of one sequence is dequantised at a time, and only up to the sequence's length: what is stored behind may be
-the code of a NaN.
+In calls of torch, one head of one sequence is dequantised at a time, and only up to the sequence's length: what is
+stored behind may be the code of a NaN.
 """
 
 import math
@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from quant_core.ops.cpu import native
 
 # Scores that are held at a time.
 _SCORES = 2**20
@@ -93,6 +95,29 @@ def attend(
         lse: [T, heads] float32, receives the logarithm of the sum of the exponentials.
 
     """
+    operators = native.operators()
+    if operators is None or keys.pages.stride(3) != 1 or values.pages.stride(3) != 1:
+        attend_in_torch(query, keys, values, block_table, query_start, seq_lens, rules, out, lse)
+        return
+    operators.attend.default(query, *_interleaved(keys, values), block_table, query_start, seq_lens, *rules, out, lse)
+
+
+def _interleaved(keys: Codes, values: Codes) -> tuple[Tensor | None, ...]:
+    return (keys.pages, values.pages, keys.scale, keys.offset, values.scale, values.offset)
+
+
+def attend_in_torch(
+    query: Tensor,
+    keys: Codes,
+    values: Codes,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    rules: Rules,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> None:
+    """The same without native code."""
     starts, block = query_start.tolist(), keys.pages.shape[2]
     group = query.shape[1] // keys.pages.shape[1]
     for sequence, length in enumerate(seq_lens.tolist()):
@@ -132,7 +157,8 @@ def _attend_head(
         part = slice(start, min(n, start + step))
         queries = query[part].to(torch.float32)
         scores = (queries * rules.scale) @ keys.t()
-        distance = torch.arange(len(keys)) - torch.arange(position + part.start, position + part.stop)[:, None]
+        places = torch.arange(len(keys), device="cpu")
+        distance = places - torch.arange(position + part.start, position + part.stop, device="cpu")[:, None]
         logits = _masked(scores, distance, rules)
         highest = logits.amax(dim=-1, keepdim=True)
         if rules.sinks is not None:

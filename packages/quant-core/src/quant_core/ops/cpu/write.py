@@ -1,8 +1,9 @@
-"""Writing keys and values into pages of 8 bits, in calls of torch: it serves where the native code cannot."""
+"""Writing keys and values into pages of 8 bits: by native code, or in calls of torch where that cannot be."""
 
 import torch
 from torch import Tensor
 
+from quant_core.ops.cpu import native
 from quant_core.ops.cpu.quantize import saturated
 
 _FP8_MAX = 448.0
@@ -45,5 +46,11 @@ def quantize_to_pages(
     slots: Tensor,
 ) -> None:
     """See `quant_core.ops.pages`."""
+    operators = native.operators()
+    if operators is not None and key_pages.stride(3) == 1 and value_pages.stride(3) == 1:
+        operators.quantize_to_pages.default(
+            key, value, key_pages, value_pages, k_scale, k_offset, v_scale, v_offset, slots
+        )
+        return
     scatter(codes_of(key, k_scale, k_offset, key_pages.dtype), key_pages, slots)
     scatter(codes_of(value, v_scale, v_offset, value_pages.dtype), value_pages, slots)
