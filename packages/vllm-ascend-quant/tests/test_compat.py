@@ -17,6 +17,7 @@ import versions
 
 import vllm_ascend_quant
 from vllm_ascend_quant import compat, plugin
+from vllm_ascend_quant.plugin import wrappers
 
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or Path(__file__).parents[3] / "testdata")
 
@@ -129,6 +130,13 @@ def test_the_range(version: str, accepted: bool | None, monkeypatch: pytest.Monk
     else:
         with pytest.raises(compat.UnsupportedVllmError, match=re.escape(f"vLLM {version} is not supported")):
             compat.check_version()
+
+
+def test_every_wrapped_function_is_there() -> None:
+    """In every vLLM but for two of latent attention, where CPUs have none."""
+    wrapped = {function.function for function in (wrappers.ALWAYS | wrappers.FOR_OURS).values()}
+    absent = {path for path in wrapped if not compat.has(path)}
+    assert absent <= ({compat.LATENT_INPUT, compat.LATENT_WEIGHT} if versions.lacking("latent attention") else set())
 
 
 README = Path(__file__).parents[1] / "README.md"
