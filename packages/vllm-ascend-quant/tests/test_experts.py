@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import vllm
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
 import architectures
 import ranks
 from survey_kinds import DEEPSEEK_V3, MLA, NATIVE
+from versions import lacking
 
 from quant_core import LayerResolutionError, LoadError, QuantError, get_scheme_class
 from quant_modelslim.writer import write_checkpoint
@@ -54,6 +53,14 @@ def test_there_is_something_to_serve() -> None:
     assert {key.split("/")[1] for key in expert_checkpoints()} == {"deepseek-v3", "qwen3-moe"}
 
 
+@pytest.fixture
+def any_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of DeepSeek are looked at beside ordinary attention, where there is no latent one."""
+    if lacking("latent attention"):
+        monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+
+
+@pytest.mark.usefixtures("any_attention")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("key", expert_checkpoints())
 def test_equal_to_the_reference(
@@ -66,11 +73,22 @@ def test_equal_to_the_reference(
     assert verdict["ok"], verdict["why"]
 
 
+def test_by_vllms_transformers_backend(
+    start_engine: Callable[..., Any], ask: Callable[..., Any], reference: Any
+) -> None:
+    """Whose layers of experts load themselves."""
+    key = "msmodelslim/qwen3-moe/W8A8_DYNAMIC"
+    with start_engine(DATA / "checkpoints" / key, model_impl="transformers") as llm:
+        verdict = reference.judge(key, ask(llm, reference.prompts), "float32")
+    assert verdict["ok"], verdict["why"]
+
+
 EXACT_TP = {"additional_config": {"ascend_quant": {"exact_tp": True}}}
 EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True, **EXACT_TP}
 
 
 @pytest.mark.xdist_group("engines of several processes")
+@pytest.mark.usefixtures("any_attention")
 @pytest.mark.parametrize(
     "options",
     [
@@ -257,7 +275,7 @@ def drafting_deepseek(folder: Path) -> Path:
     return folder / "quant"
 
 
-@pytest.mark.skipif(Version(vllm.__version__) < Version("0.29"), reason="its latent attention does not import on CPU")
+@pytest.mark.skipif(bool(lacking("latent attention")), reason=lacking("latent attention"))
 def test_a_layer_that_drafts(tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any]) -> None:
     """vLLM renames it in the code of its loader, which is asked."""
     folder = drafting_deepseek(tmp_path)

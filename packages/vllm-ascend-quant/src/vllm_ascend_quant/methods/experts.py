@@ -108,6 +108,7 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         scheme = create_scheme(query, self.quant)
         assert isinstance(scheme, AscendMoEScheme)
         self.quant_method = scheme
+        compat.load_by_parameters(layer)
         places = {expert: place for place, expert in enumerate(query.sizes.local_experts)}  # type: ignore[union-attr]
         for prefix, half in scheme.halves.items():
             for name, layout in layouts_of(linear_params(half), half.context).items():
@@ -122,13 +123,8 @@ class AscendFusedMoEMethod(FusedMoEMethodBase):
         held = range(config.num_experts)
         local = held if table is None else sorted((e for e in held if table[e] >= 0), key=lambda e: int(table[e]))
         activation = config.activation.value
-        given = {
-            "limit": config.swiglu_limit,
-            "alpha": config.swiglu_alpha,
-            "beta": config.swiglu_beta,
-        }
         usual = _SWIGLUOAI if activation.startswith("swigluoai") else {}
-        limits = usual | {name: value for name, value in given.items() if value is not None}
+        limits = usual | compat.swiglu_settings(config)
         return ExpertSizes(
             hidden_size,
             intermediate_size,

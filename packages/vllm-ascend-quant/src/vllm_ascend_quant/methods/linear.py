@@ -224,7 +224,7 @@ def _partition(layer: nn.Module) -> Partition:
         exact = layer.tp_size > 1 and exact_tp_wanted()
         return Partition("row", layer.tp_rank, layer.tp_size, max_over_ranks if exact else None)
     if isinstance(layer, (ColumnParallelLinear, VocabParallelEmbedding)):
-        return Partition("column", layer.tp_rank, layer.tp_size)
+        return Partition("column", *compat.rank_of(layer))
     return Partition()
 
 

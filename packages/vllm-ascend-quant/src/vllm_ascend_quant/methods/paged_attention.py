@@ -6,10 +6,14 @@ from torch import Tensor, nn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from quant_core import AscendAttentionScheme, AttentionBatch, Pages
+from vllm_ascend_quant import compat
 
 
 class AscendCPUAttentionBackend(CPUAttentionBackend):
     """vLLM's, but for what is computed."""
+
+    #: The cache is written by itself, before. In vLLM 0.23 attention on CPU does both at once.
+    forward_includes_kv_cache_update = False
 
     @staticmethod
     def get_impl_cls() -> "type[AscendCPUAttentionImpl]":
@@ -68,7 +72,7 @@ class AscendCPUAttentionImpl(CPUAttentionBackendImpl):
             attn_metadata.seq_lens,
             self.scale,
             attn_metadata.causal,
-            self.sliding_window,
+            compat.attention_window(self),
             self.logits_soft_cap,
             self.sinks,
             self.alibi_slopes,  # type: ignore[arg-type]  # vLLM has made a tensor of them

@@ -153,7 +153,7 @@ def _apply_decision(
         layer.params_dtype,
         weight_loader=getattr(layer, "weight_loader_v2", layer.weight_loader),
     )
-    layer.update_param_tp_status()  # type: ignore[no-untyped-call]
+    compat.tell_ranks(layer)
     return True
 
 

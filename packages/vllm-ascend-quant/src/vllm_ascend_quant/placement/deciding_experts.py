@@ -72,7 +72,7 @@ def _make_experts_again(layer: Any, path: str, served: ServedModel, experts: Exp
         hidden_size=layer.hidden_size,
         intermediate_size_per_partition=config.intermediate_size_per_partition,
         params_dtype=layer.params_dtype,
-        weight_loader=layer.weight_loader,
+        weight_loader=compat.expert_loader(layer),
         global_num_experts=config.num_experts,
     )
 

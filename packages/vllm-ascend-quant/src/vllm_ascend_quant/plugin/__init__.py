@@ -1,6 +1,14 @@
 """The entry point that vLLM calls in every process."""
 
-from vllm_ascend_quant.compat import UnsupportedVllmError, check_version
+import logging
+import os
+
+from vllm_ascend_quant.compat import SUPPORTED, UnsupportedVllmError, check_version, unfit
+
+logger = logging.getLogger("vllm.ascend_quant")
+
+#: Tells the processes of an engine that somebody was warned of this version already.
+TOLD = "VLLM_ASCEND_QUANT_NEWER_VLLM"
 
 
 def register() -> None:
@@ -10,12 +18,28 @@ def register() -> None:
     know is a warning, and an error only when a checkpoint is opened that has to do with it.
     """
     try:
-        check_version()
+        newer = check_version()
+        if newer is not None and os.environ.get(TOLD) != newer:
+            os.environ[TOLD] = newer
+            logger.warning(
+                "vLLM %s is newer than those that vllm-ascend-quant knows (below %s). It is tried; if something fails, "
+                "first try a supported one, or a newer vllm-ascend-quant",
+                newer,
+                SUPPORTED[1],
+            )
+        try:
+            _register()
+        except (ImportError, AttributeError) as error:
+            if newer is None:
+                raise
+            raise unfit(newer, error) from error
     except UnsupportedVllmError as error:
         from vllm_ascend_quant.plugin.unsupported import refuse_ours
 
         refuse_ours(error)
-        return
+
+
+def _register() -> None:
     # After the check: these import parts of vLLM whose place may differ in other versions.
     from vllm.model_executor.layers.quantization import register_quantization_config
 

@@ -1,9 +1,11 @@
 """The places where vLLM offers no hook and a function of it is wrapped.
 
 Each wrapper does one thing, passes everything else through, and can be switched off by naming it in the environment
-variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed for every vLLM that compat.py supports:
+variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). Each is needed for every vLLM that compat.py supports,
+0.23 to 0.32, but for `latent`, which is needed since 0.28:
 
-    named    say what is wrong with a name of a model, if --quantization is one of ours (create_engine_config)
+    configured
+             say what is wrong with a name of a model, if --quantization is one of ours (create_engine_config)
     detect   recognise a model without --quantization; contradict a wrong one (EngineArgs.create_model_config)
     draft    the same for a speculative draft, which is also checked here, alone and against a rotation of its target
              (EngineArgs.create_speculative_config)
@@ -11,6 +13,7 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). All are needed f
     built    decide by module paths once the model exists; build a draft by its own folder (initialize_model)
     loaded   see that everything was loaded (process_weights_after_loading)
     reloaded see that a reload left nothing out (finalize_layerwise_processing)
+    emptied  forget prefixes in a quantised cache after a reload (EngineCore.collective_rpc)
     latent   latent attention (MLA) asks a quantised kv_b_proj for the dtype of its input (_get_kv_b_proj_input_dtype)
     absorbed and for its float weight (get_and_maybe_dequant_weights, where it was imported)
     read     the same (get_and_maybe_dequant_weights, for whoever imports it later)
