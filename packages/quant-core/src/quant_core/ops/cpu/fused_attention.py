@@ -199,7 +199,8 @@ def _rows(ends: list[int]) -> tuple[Tensor, list[int]]:
 def _paged(cache: Tensor, heads: int) -> Tensor:
     """Pages as [blocks, heads, tokens of a block, D]."""
     if cache.dim() == 3:
-        return cache.unflatten(2, (heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
+        blocks, block, features = cache.shape
+        return cache.view(blocks, block, heads, features // heads).transpose(1, 2)
     if cache.dim() != 4:
         raise NotImplementedError(f"{_NAME}: the CPU kernel has no pages of {cache.dim()} axes (FRACTAL_NZ)")
     return cache
