@@ -68,13 +68,20 @@ def test_some_layers_alone(tmp_path: Path, small: Any) -> None:
     assert list(load(put(small, OTHER), tmp_path).caches) == [OTHER]
 
 
-@pytest.mark.parametrize("key", ["kv_cache_type", "kv_quant_type"])
-def test_a_claim_without_scales(key: str, tmp_path: Path, small: Any) -> None:
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("kv_cache_type", "k_proj.kv_cache_scale"),
+        ("kv_quant_type", "k_proj.kv_cache_scale"),
+        ("fa_quant_type", "fa_k.scale"),
+    ],
+)
+def test_a_claim_without_scales(key: str, expected: str, tmp_path: Path, small: Any) -> None:
     small.description[key] = "C8"
     with pytest.raises(LayerResolutionError) as raised:
         load(small, tmp_path)
     message = str(raised.value)
-    for said in (DESCRIPTION, f"found: {key}: 'C8'\n", ".k_proj.kv_cache_scale", "what to do: "):
+    for said in (DESCRIPTION, f"found: {key}: 'C8'\n", f".{expected}\n", "what to do: "):
         assert said in message
 
 
@@ -148,3 +155,11 @@ def test_a_type_that_the_attention_module_has(tmp_path: Path, small: Any) -> Non
 def test_half_of_a_latent_cache(lacking: str, tmp_path: Path, small: Any) -> None:
     with pytest.raises(LayerResolutionError, match=f"expected: also {ATTENTION}.{lacking}"):
         load(latent(small, [name for name in COMPUTED if name != lacking]), tmp_path)
+
+
+def test_a_layer_that_claims_a_type_alone(tmp_path: Path, small: Any) -> None:
+    """Beside another that has its scales."""
+    latent(small).description[f"{OTHER}.quant_type"] = "FAQuant"
+    with pytest.raises(LayerResolutionError, match=f"found: {OTHER}.quant_type: 'FAQuant'") as raised:
+        load(small, tmp_path)
+    assert f"{OTHER}.fa_k.scale" in str(raised.value)

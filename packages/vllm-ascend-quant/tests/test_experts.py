@@ -43,7 +43,7 @@ def expert_checkpoints() -> list[str]:
     found = []
     for folder in sorted(p for model in ("deepseek-v3", "qwen3-moe") for p in (MSMODELSLIM / model).glob("*")):
         types = {(t, "moe" if ".experts." in key else "linear") for key, t in described(folder).items() if t != "FLOAT"}
-        if all(get_scheme_class(*kind) for kind in types) and "FAKQUANT" not in folder.name:
+        if all(get_scheme_class(*kind) for kind in types):
             found.append(str(folder.relative_to(DATA / "checkpoints")))
     return found
 

@@ -3,7 +3,7 @@
 They belong to the attention layer, not to the projections: the linear layers are served without them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from quant_core import (
     CheckpointFolder,
@@ -38,17 +38,31 @@ def quantised_caches(description: Description, folder: CheckpointFolder) -> Mapp
         for suffix in (CACHE_SUFFIXES if last in _PROJECTIONS else ("scale", "offset")) if part else ():
             if suffix in form.tensors:
                 tensors.setdefault(attention, {})[f"{part}_{suffix.rpartition('_')[2]}"] = form.tensors[suffix]
-    keys = {"kv_cache_type": description.keys.kv_cache_type, "kv_quant_type": description.keys.kv_quant_type}
-    claimed = next(((key, said) for key, said in keys.items() if said), None)
-    if claimed and not tensors and folder.modules:
+    if folder.modules:
+        _check_claims(description, folder, tensors)
+    return {attention: _cache(attention, found, description) for attention, found in tensors.items()}
+
+
+def _check_claims(description: Description, folder: CheckpointFolder, tensors: Collection[str]) -> None:
+    """See that what is said of the whole model, and of attention modules, is said of scales that are there."""
+    keys = description.keys
+    claims = {key: getattr(keys, key) for key in ("kv_cache_type", "kv_quant_type", "fa_quant_type")}
+    found = [] if tensors else [f"{key}: {said!r}" for key, said in claims.items() if said]
+    expected = (
+        "fa_k.scale" if not (claims["kv_cache_type"] or claims["kv_quant_type"]) else f"k_proj.{CACHE_SUFFIXES[0]}"
+    )
+    lacking = [module for module in description.attention_types if module not in tensors]
+    if lacking:
+        expected = "fa_k.scale"
+        found = [f"{module}.{ATTENTION_TYPE}: {description.attention_types[module]!r}" for module in lacking]
+    if found:
         raise LayerResolutionError(
             f"{description.file} claims a quantised key/value cache, and the files hold no scale of one",
             where=str(folder.path),
-            found=f"{claimed[0]}: {claimed[1]!r}",
-            expected=f"tensors such as model.layers.0.self_attn.k_proj.{CACHE_SUFFIXES[0]}",
+            found=listing(found),
+            expected=f"tensors such as {lacking[0] if lacking else 'model.layers.0.self_attn'}.{expected}",
             todo="take description and weights from one run of the tool",
         )
-    return {attention: _cache(attention, found, description) for attention, found in tensors.items()}
 
 
 def _cache(attention: str, tensors: dict[str, StoredTensor], description: Description) -> LayerQuant:
