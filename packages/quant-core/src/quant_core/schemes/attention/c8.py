@@ -15,5 +15,8 @@ class AscendC8AttentionMethod(QuantisedPages):
     """
 
     granularity = ("per channel", "per head", "per tensor")
+    checked_against = {
+        "C8": ("qwen2/V0_W8A8_C8", "qwen3/W8A8C8_ASYM", "qwen3/W8A8_MIX_C8", "llmcompressor/qwen3/W8A8_DYNAMIC_KV_INT8")
+    }
     stores = WeightForm(symmetric=False)
     cache_dtype = torch.int8

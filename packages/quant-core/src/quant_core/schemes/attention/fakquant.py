@@ -34,6 +34,7 @@ class AscendFAKQuantAttentionMethod(AscendAttentionScheme):
     """
 
     granularity = ("per tensor",)
+    checked_against = dict.fromkeys(("FAKQuant", "FAQuant"), ("deepseek-v3/W8A8_FAKQUANT",))
     stores = WeightForm(strategy="tensor")
     strategies = ("tensor",)
     cache_dtype = torch.int8

@@ -3,6 +3,7 @@
 import torch
 
 from quant_core.schemes.caches import QuantisedPages
+from quant_core.schemes.mx import MX_DEVICES
 from quant_core.schemes.registry import register_scheme
 from quant_core.stored import WeightForm
 
@@ -11,6 +12,14 @@ from quant_core.stored import WeightForm
 class AscendFP8AttentionMethod(QuantisedPages):
     """K̂ = q · k_scale, q = E4M3(clamp(K / k_scale, -448, 448)) to nearest, ties to even; values likewise."""
 
+    supported_devices = MX_DEVICES  # those that have FP8
     granularity = ("per channel", "per head", "per tensor")
+    checked_against = {
+        "KV_FP8": (
+            "llmcompressor/qwen3/FP8_DYNAMIC_KV_FP8",
+            "llmcompressor/qwen3/FP8_DYNAMIC_KV_FP8_HEAD",
+            "llmcompressor/qwen3/KV_FP8_CT010",
+        )
+    }
     stores = WeightForm(type="float", strategy="tensor")
     cache_dtype = torch.float8_e4m3fn
