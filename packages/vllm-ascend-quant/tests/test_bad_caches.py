@@ -24,7 +24,8 @@ ATTENTION = "model.layers.1.self_attn"
 K_SCALE, K_OFFSET = f"{ATTENTION}.k_proj.kv_cache_scale", f"{ATTENTION}.k_proj.kv_cache_offset"
 V_SCALE = f"{ATTENTION}.v_proj.kv_cache_scale"
 
-Tensors, Content = dict[str, Tensor], dict[str, Any]
+Tensors = dict[str, Tensor]
+Content = dict[str, Any]
 Change = Callable[[Tensors, Content], object]
 
 
