@@ -72,7 +72,7 @@ def test_registering_imports_nothing_of_torch_or_vllm() -> None:
     modules, _ = run(REGISTER)
     ours = {"quant_core", "quant_compressed_tensors", "quant_modelslim", "vllm_ascend_quant"}
     assert packages(modules) == {*ours, "wrapt"}
-    assert len(modules) < 120
+    assert len(modules) < 140
     assert not [module for module in modules if module.startswith("quant_core.schemes.linear.")]
 
 
