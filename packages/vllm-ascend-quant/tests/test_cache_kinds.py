@@ -87,15 +87,12 @@ def inspect_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["offsets", "symmetric"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "symmetric"), [*((kind, False) for kind in KINDS), ("grouped heads", True)])
 def test_as_attention_over_rounded_keys_and_values(
     kind: str, symmetric: bool, tmp_path: Path, start_engine: Callable[..., Any]
 ) -> None:
     """And not as attention without what is special, nor as without rounding."""
     name, changes, place, special = KINDS[kind]
-    if symmetric and kind != "grouped heads":
-        pytest.skip("once is enough")
     if kind == "sinks and windows" and (reason := lacking("sinks in float32")):
         pytest.skip(reason)
     settings = {**ENGINE, **TABLE[name].engine}
@@ -210,3 +207,18 @@ def test_layers_to_be_skipped(given: list[str], load_model: Callable[..., Any]) 
 def test_another_dtype_for_the_cache(given: str, configure: Callable[..., Any]) -> None:
     with pytest.raises(LimitError, match=f"--kv-cache-dtype {given} contradicts the checkpoint, whose cache is C8"):
         configure(C8, kv_cache_dtype=given)
+
+
+@pytest.mark.skipif(bool(lacking("steps causal in part")), reason=lacking("steps causal in part"))
+def test_steps_that_are_causal_for_some_requests() -> None:
+    """Which no model here makes: diffusion models do."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
+    from vllm_ascend_quant.methods.paged_attention import AscendCPUAttentionImpl
+
+    ints = torch.zeros(1, dtype=torch.int32)
+    metadata = CPUAttentionMetadata(1, 1, ints, 1, ints, ints[:, None], ints, None, dynamic_causal=ints)
+    impl = object.__new__(AscendCPUAttentionImpl)
+    empty = torch.empty(0)
+    with pytest.raises(LimitError, match="all causal or all not"):
+        impl.forward(None, empty, empty, empty, empty, metadata, empty)

@@ -8,6 +8,7 @@ SINCE = {
     "latent attention": ("0.32", "vLLM's CPU build has no latent attention (MLA)"),
     "sinks in float32": ("0.32", "its attention on CPU takes sinks in bfloat16 only"),
     "mappers that fuse": ("0.28", "its models fuse in the code of their loaders"),
+    "steps causal in part": ("0.28", "its attention on CPU is causal for all requests or for none"),
     "strange tensors": ("0.28", "its Qwen models drop tensors of unknown names without a word"),
 }
 

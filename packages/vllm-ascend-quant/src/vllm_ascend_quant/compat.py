@@ -237,6 +237,11 @@ def attention_window(impl: Any) -> int:
     return -1 if window[0] < 0 else int(window[0]) + 1
 
 
+def causal_by_request(metadata: Any) -> bool:
+    """Whether some requests of a step are causal and others not, as diffusion models ask for. vLLM 0.23 has no such."""
+    return getattr(metadata, "dynamic_causal", None) is not None
+
+
 def has_cpu_latent_attention(layer: Any) -> bool:
     """Whether a layer's latent attention is the plain one of vLLM's CPU build."""
     if importlib.util.find_spec("vllm.v1.attention.backends.mla.cpu_mla") is None:

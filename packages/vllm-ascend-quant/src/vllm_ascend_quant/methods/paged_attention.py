@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from quant_core import AscendAttentionScheme, AttentionBatch, Pages
+from quant_core import AscendAttentionScheme, AttentionBatch, LimitError, Pages
 from vllm_ascend_quant import compat
 
 
@@ -62,9 +62,20 @@ class AscendCPUAttentionImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the step's tokens over the cache; arguments as vLLM's."""
+        """Attention of the step's tokens over the cache; arguments as vLLM's.
+
+        Raises:
+            LimitError: if only some of the requests are causal.
+
+        """
         if attn_metadata is None:  # vLLM measures memory
             return output
+        if compat.causal_by_request(attn_metadata):
+            raise LimitError(
+                "a quantised cache serves steps whose requests are all causal or all not",
+                found="requests of both kinds, as diffusion models make them",
+                todo="serve this model from a checkpoint whose cache is float",
+            )
         count = attn_metadata.num_actual_tokens
         batch = AttentionBatch(
             attn_metadata.block_table,
