@@ -8,6 +8,8 @@ from linear_forms import LAYERS, forms
 from on_meta import on_meta, outline
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quant_core.schemes.dequantised import DequantisedLinearScheme
+
 FORMS = forms()
 
 
@@ -34,7 +36,9 @@ def test_torch_npu_takes_every_call_and_predicts_its_result(
     with Recorder() as recorder:
         outputs = FORMS[form].compute(dtype, **LAYERS[layer])
     assert {output.dtype for output in outputs} <= {dtype}
-    assert bool(recorder.calls) == bool(outputs), "a layer that is served is computed with these operators"
+    # A dequantised weight is there because none of these operators multiplies what is stored.
+    by_operators = bool(outputs) and not issubclass(FORMS[form].scheme_class, DequantisedLinearScheme)
+    assert bool(recorder.calls) == by_operators
     for operator, arguments, options, result in recorder.calls:
         name = str(operator).removeprefix("npu.").removesuffix(".default")
         assert str(operator._schema) == real[name].schema

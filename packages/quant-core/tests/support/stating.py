@@ -49,7 +49,7 @@ def form(
 
 
 def _float(usual: WeightForm, member: Mapping[str, Tensor]) -> WeightForm:
-    if usual.outer is None:
+    if usual.outer != "group":
         return usual
     groups = member["weight_dual_scale"].shape[1]
     return replace(usual, outer_group_size=-(-member["weight"].shape[1] * 2 // groups))
