@@ -146,11 +146,6 @@ def swiglu_settings(config: Any) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def unquantised_experts(config: Any) -> Any:
-    """vLLM's own method for experts."""
-    return importlib.import_module("vllm.model_executor.layers.fused_moe").UnquantizedFusedMoEMethod(config)
-
-
 def replace_expert_method(layer: Any, method: Any) -> None:
     """Give a layer of experts another method. vLLM's own is a module, whose place nothing else may take.
 
@@ -186,6 +181,11 @@ def _load_by_parameter(param: Any, *args: Any, **kwargs: Any) -> Any:
 def build_name(layer: Any) -> str:
     """What vLLM called a layer while it was built: vLLM up to 0.28 does not keep it for vocabulary layers."""
     return getattr(layer, "prefix", "")
+
+
+def has_bias(layer: Any) -> bool:
+    """Whether a linear or vocabulary layer has a bias. vllm-ascend's tell that once they are built, not before."""
+    return bool(getattr(layer, "has_bias", layer._parameters.get("bias") is not None))
 
 
 def weight_sizes(layer: Any) -> tuple[int, list[int], int, int]:

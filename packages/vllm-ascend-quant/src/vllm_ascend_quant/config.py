@@ -28,11 +28,13 @@ from quant_core import (
     require_scheme_class,
 )
 from quant_core.names import ModuleNames
+from vllm_ascend_quant import ascend_platform
+from vllm_ascend_quant.ascend_platform.runtime import AscendRuntimeView
 from vllm_ascend_quant.compat import check_complete, map_name
 from vllm_ascend_quant.placement.paths import without_prefix
 
 
-class AscendQuantizationConfig(QuantizationConfig):
+class AscendQuantizationConfig(AscendRuntimeView, QuantizationConfig):
     """The adapter: asks the format about each of vLLM's layers and answers with a method that holds the scheme.
 
     Attributes:
@@ -129,11 +131,16 @@ class AscendQuantizationConfig(QuantizationConfig):
             self._mappers.append(hf_to_vllm_mapper)
             self._names = self._numbered = None
 
-    def get_quant_method(self, layer: nn.Module, prefix: str, **_: Any) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str, **options: Any) -> QuantizeMethodBase | None:
         """The method for a layer under the name that vLLM gives it while the model is being built.
 
         The name is a hint: it may be empty or differ from the module's path. So what cannot be resolved is taken as
         float here, and every layer is decided again by its path once the model is built (placement/deciding.py).
+
+        Args:
+            layer: any.
+            prefix: its name.
+            **options: what vllm-ascend gives for experts besides: `tid2eid`.
 
         Raises:
             QuantError: if the layer is resolved, but cannot be served.
@@ -149,7 +156,8 @@ class AscendQuantizationConfig(QuantizationConfig):
         name = prefix if build is None else without_prefix(prefix, build.prefix)
         made_up = build is not None and build.made_up
         if is_expert_layer(layer):
-            return None if config is None else config._expert_method(layer, name, made_up)
+            method = None if config is None else config._expert_method(layer, name, made_up)
+            return ascend_platform.for_experts(method, layer, **options)
         if not isinstance(layer, QUANTISABLE):
             return None
         if config is None or config.format is None:
@@ -166,7 +174,6 @@ class AscendQuantizationConfig(QuantizationConfig):
 
     def _expert_method(self, layer: nn.Module, name: str, made_up: bool) -> QuantizeMethodBase | None:
         """The method of quantised experts under the name that vLLM gives them; None for float ones."""
-        from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
         from vllm_ascend_quant.placement.experts import expert_modules, numbered_children
 
         if self.format is None:
@@ -179,7 +186,8 @@ class AscendQuantizationConfig(QuantizationConfig):
         quant = self.format.experts_quant(LayerQuery(name, "moe", experts=experts))
         if quant.quant_type is None:
             return None
-        return AscendFusedMoEMethod(layer, self.format, name, experts, quant, made_up)
+        method_class = ascend_platform.expert_method_class()
+        return method_class(layer, self.format, name, experts, quant, made_up)
 
     def find(self, name: str) -> tuple[str, ...]:
         """The checkpoint modules behind a name, by the mappers and packed modules that vLLM handed over.
@@ -214,10 +222,10 @@ class AscendModelSlimConfig(AscendQuantizationConfig):
     format_name: ClassVar[str] = "modelslim"
 
     @property
-    def quant_description(self) -> Mapping[str, Any]:
-        """Tensor name to type, as the description file has it; vllm-ascend's runtime looks here."""
+    def quant_description(self) -> dict[str, Any]:
+        """Tensor name to type, as the description file has it."""
         description = getattr(self.format, "description", None)
-        return {} if description is None else description.types
+        return {} if description is None else dict(description.types)
 
 
 class AscendCompressedTensorsConfig(AscendQuantizationConfig):

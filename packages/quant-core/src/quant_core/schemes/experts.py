@@ -146,6 +146,20 @@ class AscendMoEScheme(Scheme):
         hidden = activate(first.multiply(layer, GATE_UP, rows, dtype), self.context.sizes)
         return second.multiply(layer, DOWN, Rows(*second.quantize_rows(layer, DOWN, hidden, counts), counts), dtype)
 
+    def compute_float(self, layer: nn.Module, x: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `compute`, of rows in float, which an engine has brought to their experts by itself.
+
+        Args:
+            layer: holds the processed parameters.
+            x: [m, hidden], sorted by expert.
+            counts: int64 [local experts], how many rows each expert has.
+            dtype: the model's.
+
+        """
+        first = self.of(GATE_UP)
+        codes = first.quantize_rows(layer, GATE_UP, x, None) if first.before_routing else (x, None)
+        return self.compute(layer, Rows(*codes, counts), dtype)
+
     def of(self, half: str) -> "AscendMoEScheme":
         """The scheme of a half."""
         return self

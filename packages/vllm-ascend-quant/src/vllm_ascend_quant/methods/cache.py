@@ -4,6 +4,7 @@ Scales live in a small module of their own below vLLM's attention layer, so that
 as those of any other layer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class AscendKVCacheMethod(QuantizeMethodBase):
         made_up: whether the first weights are made up (`load_format="dummy"`), so that their values mean nothing.
         restored: whether the scales were processed before they are filled; see files/saved_state.py.
         absent: nothing that the files lack is handed to the scheme.
+        deliver: what gets the module with the processed scales, where a platform computes attention by itself.
 
     """
 
@@ -73,6 +75,7 @@ class AscendKVCacheMethod(QuantizeMethodBase):
         self.made_up = made_up
         self.restored = False
         self.absent: dict[str, torch.Tensor] = {}
+        self.deliver: Callable[[nn.Module, AscendAttentionScheme], None] | None = None
         scheme = create_scheme(LayerQuery(name, "attention", sizes=sizes, params_dtype=params_dtype), quant)
         assert isinstance(scheme, AscendAttentionScheme)
         self.quant_method = scheme
@@ -124,6 +127,8 @@ class AscendKVCacheMethod(QuantizeMethodBase):
     def make_run_time_form(self, layer: nn.Module) -> None:
         """Let the scheme process what was loaded."""
         self.quant_method.process_weights_after_loading(layer)
+        if self.deliver is not None:
+            self.deliver(layer, self.quant_method)
 
     def tensor(self, name: str) -> str:
         """The checkpoint's name of a parameter."""

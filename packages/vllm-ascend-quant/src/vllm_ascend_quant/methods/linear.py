@@ -83,18 +83,27 @@ class AscendLinearMethod(LinearMethodBase):
         """
         assert isinstance(layer, LinearBase)
         scheme = self.make_scheme(layer, input_size, output_partition_sizes, params_dtype)
-        if scheme.folds_bias and layer.has_bias and layer.skip_bias_add:
-            raise LimitError(
-                f"{self.name}: this layer hands its bias to the model, but {self.quant.quant_type} stores it inside "
-                "the weights, so it would be added twice",
-                todo="quantise this layer with a type that keeps the bias apart",
-            )
+        self.refuse_bias_added_twice(layer)
         loader = extra_weight_attrs["weight_loader"]
         if not isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
             loader = load_replicated
         self.add_parameters(layer, loader)
         # Schemes written for vllm-ascend remember sizes that a hook was given: those of the whole layer on this rank.
         scheme.params(input_size_per_partition, sum(output_partition_sizes))
+
+    def refuse_bias_added_twice(self, layer: LinearBase) -> None:
+        """See that no layer hands a bias to the model that its type stores inside the weights.
+
+        Raises:
+            LimitError: if it does.
+
+        """
+        if self.quant_method.folds_bias and compat.has_bias(layer) and layer.skip_bias_add:
+            raise LimitError(
+                f"{self.name}: this layer hands its bias to the model, but {self.quant.quant_type} stores it inside "
+                "the weights, so it would be added twice",
+                todo="quantise this layer with a type that keeps the bias apart",
+            )
 
     def make_scheme(
         self, layer: nn.Module, input_size: int, local_sizes: list[int], params_dtype: torch.dtype
@@ -107,7 +116,7 @@ class AscendLinearMethod(LinearMethodBase):
             sizes=LinearSizes(input_size, full_sizes(layer, local_sizes), tuple(local_sizes)),
             params_dtype=params_dtype,
             partition=_partition(layer),
-            has_bias=getattr(layer, "has_bias", False),
+            has_bias=compat.has_bias(layer),
             role=instance_role(),
             values_later=self.made_up,
         )

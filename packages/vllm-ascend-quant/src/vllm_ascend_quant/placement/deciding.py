@@ -138,6 +138,8 @@ def _apply_decision(
     if isinstance(method, AscendLinearMethod):
         method.name = path
         if (method.quant.quant_type, method.quant.modules) == (quant.quant_type, quant.modules):
+            if isinstance(layer, LinearBase):
+                method.refuse_bias_added_twice(layer)  # again: now it is known whether there is one
             return False
     elif quant.quant_type is None:
         return False

@@ -1,5 +1,6 @@
 """Deciding the caches of attention layers: which of them are quantised, and by which tensors of the checkpoint."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,9 +9,9 @@ from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
-from quant_core import AttentionSizes, LayerQuant, LayerResolutionError, LimitError
+from quant_core import AscendAttentionScheme, AttentionSizes, LayerQuant, LayerResolutionError, LimitError
 from quant_core.errors import listing
-from vllm_ascend_quant import compat
+from vllm_ascend_quant import ascend_platform, compat
 from vllm_ascend_quant.methods.cache import NAME, AscendKVCacheMethod, CacheScales
 from vllm_ascend_quant.served_model import ServedModel
 
@@ -42,8 +43,12 @@ def decide_caches(model: nn.Module, served: ServedModel, vllm_config: Any) -> bo
         quantised[getattr(layers[path], "layer_name", path)] = layers[path]
     for layer in layers.values():
         target = quantised.get(getattr(layer, "kv_sharing_target_layer_name", None) or "")
-        if target is not None:  # it reads the target's pages, and writes none
-            _compute_with(layer, target)
+        if target is None:
+            continue
+        if ascend_platform.is_active():
+            _hand_over(layer, getattr(target, NAME).quant_method.quant)
+        else:
+            _compute_with(layer, target)  # it reads the target's pages, and writes none
     _refuse_float_targets(served, layers, quantised)
     return True
 
@@ -92,7 +97,10 @@ def _path_of(module: str, layers: dict[str, nn.Module], model: nn.Module, served
 def _take_over(path: str, model: nn.Module, quant: LayerQuant, served: ServedModel, vllm_config: Any) -> None:
     layer: Any = model.get_submodule(path)
     latent = compat.has_cpu_latent_attention(layer)
-    if not latent and not compat.has_cpu_attention(layer):
+    elsewhere = ascend_platform.is_active()
+    if elsewhere:
+        _hand_over(layer, quant)
+    elif not latent and not compat.has_cpu_attention(layer):
         raise LimitError(
             f"{path}: a quantised cache of the type {quant.quant_type} is not served for this kind of attention",
             found=f"{type(layer).__name__} with {type(layer.impl).__name__}",
@@ -117,10 +125,24 @@ def _take_over(path: str, model: nn.Module, quant: LayerQuant, served: ServedMod
     dtype = vllm_config.model_config.dtype
     method = AscendKVCacheMethod(served.format, path, quant, sizes, dtype, served.made_up)
     layer.add_module(NAME, CacheScales(method))
-    if latent:
+    if elsewhere:
+        method.deliver = functools.partial(_give_scales, layer)
+    elif latent:
         _compute_latent(layer, dtype)
     else:
         _compute_with(layer, layer)
+
+
+def _hand_over(layer: Any, quant: LayerQuant) -> None:
+    from vllm_ascend_quant.ascend_platform.attention import hand_over
+
+    hand_over(layer, quant)
+
+
+def _give_scales(layer: nn.Module, scales: nn.Module, scheme: AscendAttentionScheme) -> None:
+    from vllm_ascend_quant.ascend_platform.attention import give_scales
+
+    give_scales(layer, scales, scheme)
 
 
 def _compute_latent(layer: Any, dtype: torch.dtype) -> None:

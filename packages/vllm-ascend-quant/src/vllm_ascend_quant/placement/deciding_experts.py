@@ -6,7 +6,7 @@ from torch import nn
 
 from quant_core import LayerQuant, LayerQuery, LayerResolutionError
 from quant_core.errors import listing
-from vllm_ascend_quant import compat
+from vllm_ascend_quant import ascend_platform, compat
 from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
 from vllm_ascend_quant.placement.experts import (
     ExpertModules,
@@ -61,10 +61,13 @@ def _apply(path: str, layer: Any, experts: ExpertModules, served: ServedModel) -
 def _make_experts_again(layer: Any, path: str, served: ServedModel, experts: ExpertModules, quant: LayerQuant) -> None:
     for name in list(layer._parameters):
         delattr(layer, name)
-    config = layer.moe_config
-    method = compat.unquantised_experts(config)
-    if quant.quant_type is not None:
-        method = AscendFusedMoEMethod(layer, served.format, path, experts, quant, served.made_up)
+    config, tid2eid = layer.moe_config, getattr(layer, "tid2eid", None)
+    if quant.quant_type is None:
+        method = ascend_platform.unquantised_experts(layer, tid2eid)
+    else:
+        method_class = ascend_platform.expert_method_class()
+        method = method_class(layer, served.format, path, experts, quant, served.made_up)
+        method = ascend_platform.for_experts(method, layer, tid2eid)
     compat.replace_expert_method(layer, method)
     method.create_weights(
         layer,

@@ -1,0 +1,45 @@
+"""What vllm-ascend's runtime reads from a quantisation config beyond what vLLM's interface has."""
+
+import re
+from typing import Any
+
+from quant_core import QuantFormat
+
+
+class AscendRuntimeView:
+    """The answers; tests/ascend/test_runtime_reads.py has the list of what is read, and where.
+
+    Attributes:
+        enable_fa_quant: that latent or other attention quantises with `fa_k` scales. No: schemes of ours that would
+            are refused on that platform, so none of what it reads about them is asked for.
+        enable_indexer_quant: the same of a sparse attention's indexer.
+        kvcache_quant_layers: layers for the first.
+        indexer_quant_layers: layers for the second.
+
+    """
+
+    format: QuantFormat | None
+    enable_fa_quant = False
+    enable_indexer_quant = False
+    kvcache_quant_layers: tuple[int, ...] = ()
+    indexer_quant_layers: tuple[int, ...] = ()
+
+    @property
+    def quant_description(self) -> dict[str, Any]:
+        """Tensor name to type, where a format has such a thing.
+
+        Asked for norm biases, for which every RMS norm then gets a parameter, and for types that rule out a fusion.
+        """
+        return {}
+
+    @property
+    def enable_c8_quant(self) -> bool:
+        """Whether any layer has a cache of int8 whose scales are stored."""
+        return bool(self.c8_quant_layers)
+
+    @property
+    def c8_quant_layers(self) -> list[int]:
+        """The numbers of these layers, as far as their names have one number."""
+        caches = {} if self.format is None else self.format.caches
+        numbers = [re.findall(r"(?<=\.)\d+(?=\.)", name) for name, q in caches.items() if q.quant_type == "C8"]
+        return [int(found[0]) for found in numbers if len(found) == 1]
