@@ -13,7 +13,6 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
     RowParallelLinear,
-    register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -38,7 +37,6 @@ from vllm_ascend_quant.methods.exact_tp import exact_tp_wanted, max_over_ranks
 from vllm_ascend_quant.methods.parameter import AscendParameter, align_rows, load_replicated, make_parameter
 
 
-@register_weight_loader_v2_supported_method
 class AscendLinearMethod(LinearMethodBase):
     """Turns a scheme's declarations into vLLM parameters and delegates the rest.
 
@@ -84,10 +82,10 @@ class AscendLinearMethod(LinearMethodBase):
         assert isinstance(layer, LinearBase)
         scheme = self.make_scheme(layer, input_size, output_partition_sizes, params_dtype)
         self.refuse_bias_added_twice(layer)
-        loader = extra_weight_attrs["weight_loader"]
-        if not isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
-            loader = load_replicated
-        self.add_parameters(layer, loader)
+        # Not by `register_weight_loader_v2_supported_method`: it goes by names of classes, and vllm-ascend has one of
+        # this name whose parameters cannot be loaded so.
+        parallel = isinstance(layer, (ColumnParallelLinear, RowParallelLinear))
+        self.add_parameters(layer, layer.weight_loader_v2 if parallel else load_replicated)
         # Schemes written for vllm-ascend remember sizes that a hook was given: those of the whole layer on this rank.
         scheme.params(input_size_per_partition, sum(output_partition_sizes))
 
