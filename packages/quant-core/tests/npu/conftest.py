@@ -20,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if DEVICE != "npu":
         raise pytest.UsageError("these tests need a real NPU: `nox -s test-core -- --device npu` runs them")
     config.stash[ANSWERS] = []
+    config.addinivalue_line("filterwarnings", "default")  # torch_npu warns of much that is not ours to repair
 
 
 def pytest_report_header() -> str:
