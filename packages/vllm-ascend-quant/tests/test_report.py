@@ -116,7 +116,8 @@ def test_a_torch_that_cannot_be_imported_costs_what_needs_it(reports: Reports) -
     found = json.loads(reports.printed["no torch"])
     assert list(found) == list(PARTS)
     answered = [title for title, part in found.items() if "found" in part]
-    assert answered == list(PARTS)[: list(PARTS).index("switched off")]
+    assert answered == list(PARTS)[: list(PARTS).index("import torch")]
+    assert "are looked for with TORCH_DEVICE_BACKEND_AUTOLOAD=0" in found["import torch"]["error"]
     assert "libsomewhere.so: undefined symbol" in found["NPUs"]["error"]
 
 

@@ -1,5 +1,6 @@
 """Parts of a report about the machine. What needs torch imports it when it is asked."""
 
+import importlib
 import os
 import platform
 import sys
@@ -91,6 +92,18 @@ def _settings(file: Path, wanted: tuple[str, ...]) -> dict[str, str]:
     """Some of the lines `name=value` of a file."""
     pairs = (line.partition("=") for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs if name.strip() in wanted}
+
+
+def torch() -> dict[str, Any]:
+    """Importing torch as a model's process does: it imports torch_npu by itself, and fails where that does."""
+    module = importlib.import_module("torch")
+    built = {name: getattr(module.version, name, None) for name in ("cuda", "hip", "debug")}
+    commit = getattr(module.version, "git_version", None)
+    return {
+        "file": module.__file__,
+        "commit": commit,
+        "built for": {name: told for name, told in built.items() if told},
+    }
 
 
 def processor() -> dict[str, Any]:

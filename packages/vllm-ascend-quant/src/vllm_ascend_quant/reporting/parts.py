@@ -25,6 +25,7 @@ PARTS = {
     "versions": "packages:versions",
     "versions that do not fit together": "packages:misfits",
     "plugins": "packages:plugins",
+    "import torch": "machine:torch",
     "switched off": "serving:switches",
     "processor": "machine:processor",
     "NPUs": "machine:npus",
@@ -33,6 +34,9 @@ PARTS = {
     "schemes": "serving:schemes",
     "vLLM": "serving:vllm",
 }
+
+#: The part after whose failure the others are looked for without what torch imports by itself.
+TORCH = "import torch"
 
 #: The part about a model.
 MODEL = "model"
