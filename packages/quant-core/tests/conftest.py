@@ -1,25 +1,45 @@
 """What several test modules need: fixtures, and the modules in `support/`, which they can import."""
 
+import importlib
 import os
-import platform
-import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if os.environ.get("ASCEND_QUANT_TEST_DEVICE") == "npu":
+    # By itself torch would import torch_npu and fail with it, and quant_core says why in a warning: see device.refusal.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("quant_core.ops")
+
 import torch
 from hypothesis import HealthCheck, settings
 
+from quant_core.machine import processor
 from quant_core.ops.cpu import int8_gemm, native
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+from device import DEVICE, refusal
 from workbench import Workbench
 
-# Needs torch_npu and is run by `nox -s test-schemas`, which names the folder: pytest then takes it all the same.
-collect_ignore = ["schemas"]
+# Folders that need torch_npu are run by sessions that name them: pytest then takes them all the same. `schemas` belongs
+# to `nox -s test-schemas`, `npu` to `nox -s test-core -- --device npu`, where nothing else is collected.
+collect_ignore = ["schemas", "npu"]
+if DEVICE == "npu":
+    collect_ignore = [path.name for path in Path(__file__).parent.iterdir() if path.name not in ("npu", "conftest.py")]
+
+
+def pytest_configure() -> None:
+    """One message, and no test, where the device that is asked for cannot be had."""
+    if reason := refusal():
+        raise pytest.UsageError(reason)
+
 
 # No deadline: the first example of a test pays for imports and for the threads of torch.
 # A fixture that forces a product holds for all examples of a test.
@@ -32,19 +52,16 @@ settings.load_profile("quick")
 torch.set_num_threads(1)
 
 
-def processor() -> str:
-    """The processor's name, and the instruction set that torch uses."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
 RIGHT_CANDIDATES = [c for c in int8_gemm.CANDIDATES if int8_gemm.refusal(c) is None]
 
 
 def pytest_report_header() -> list[str]:
     """Results depend on the processor, or on the one that it stands for (`nox -s test-core -- --isa avx2`)."""
-    return [f"processor: {processor()}", *(f"{name}: {found}" for name, found in int8_gemm.report().items())]
+    found = processor()
+    return [
+        f"processor: {found.name}, {found.torch_uses}",
+        *(f"{name}: {found}" for name, found in int8_gemm.report().items()),
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -140,3 +140,15 @@ class TestProbe:
         functions = {"attend": loaded.attend, "quantize_to_pages": loaded.quantize_to_pages}
         functions[wrong] = {"attend": attend, "quantize_to_pages": quantize_to_pages}[wrong]
         assert "wrong" in (native.refusal(SimpleNamespace(**functions)) or "")
+
+
+def test_its_status_is_told_without_compiling_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert native.status() == f"not compiled yet: at first use, by {sys.executable}"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.status() == "there is no compiler 'no-such-compiler' (CXX)"
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert native.status() == f"switched off by {native.SWITCH}=0"
+    assert list(tmp_path.iterdir()) == []

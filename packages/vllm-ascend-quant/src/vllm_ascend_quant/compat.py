@@ -22,6 +22,11 @@ class UnsupportedVllmError(QuantError):
     """The installed vLLM is not one that this package knows."""
 
 
+def version() -> str:
+    """What the installed vLLM calls its version; importing it may fail in many ways."""
+    return str(importlib.import_module("vllm").__version__)
+
+
 def check_version() -> str | None:
     """Make sure that there is a vLLM which we know, or a newer one.
 
@@ -34,7 +39,7 @@ def check_version() -> str | None:
     """
     low, high = SUPPORTED
     try:
-        version = importlib.import_module("vllm").__version__
+        installed = version()
     except ImportError as error:
         raise UnsupportedVllmError(
             f"vLLM cannot be imported: {error}",
@@ -42,22 +47,22 @@ def check_version() -> str | None:
         ) from error
     # Builds from source without tags call themselves dev or 0.1.dev1: nothing can be said about them, they are tried.
     # Other development builds count as the version that they precede.
-    if version == "dev" or version.startswith("0.1.dev"):
+    if installed == "dev" or installed.startswith("0.1.dev"):
         return None
-    release = Version(Version(version).base_version)
+    release = Version(Version(installed).base_version)
     if release < low:
         raise UnsupportedVllmError(
-            f"vLLM {version} is not supported by vllm-ascend-quant",
+            f"vLLM {installed} is not supported by vllm-ascend-quant",
             expected=f"at least {low}; tested are those below {high}",
             todo="install a supported vLLM, or another version of vllm-ascend-quant",
         )
-    return version if release >= high else None
+    return installed if release >= high else None
 
 
-def unfit(version: str, error: Exception) -> UnsupportedVllmError:
+def unfit(newer: str, error: Exception) -> UnsupportedVllmError:
     """The error about a newer vLLM in which something is not where it was."""
     return UnsupportedVllmError(
-        f"vLLM {version} does not work with this vllm-ascend-quant",
+        f"vLLM {newer} does not work with this vllm-ascend-quant",
         found=f"{type(error).__name__}: {error}",
         expected=f"vLLM at least {SUPPORTED[0]} and below {SUPPORTED[1]}",
         todo="install a supported vLLM, or a newer version of vllm-ascend-quant",
@@ -78,7 +83,7 @@ def check_complete() -> None:
     if missing:
         raise UnsupportedVllmError(
             "this vLLM lacks functions that vllm-ascend-quant depends on",
-            found=f"vLLM {importlib.import_module('vllm').__version__} without {', '.join(missing)}",
+            found=f"vLLM {version()} without {', '.join(missing)}",
             expected=f"vLLM at least {SUPPORTED[0]} and below {SUPPORTED[1]}",
             todo="install a supported vLLM, or another version of vllm-ascend-quant",
         )

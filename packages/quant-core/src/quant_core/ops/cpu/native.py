@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,11 @@ def folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "quant_core"
 
 
+def _place(command: list[str], kept: Path) -> Path:
+    """Where the library is that a command makes."""
+    return kept / f"pages-{_key(command)}.so"
+
+
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """One process at a time; a process that dies holds nobody up."""
@@ -117,9 +123,8 @@ def build(to: Path | None = None) -> Path:
     """
     try:
         command = [compiler(), *flags()]
-        kept = to or folder()
-        kept.mkdir(parents=True, exist_ok=True)
-        library = kept / f"pages-{_key(command)}.so"
+        library = _place(command, to or folder())
+        library.parent.mkdir(parents=True, exist_ok=True)
         if library.exists():
             return library
         with _alone(library.with_suffix(".lock")):
@@ -141,10 +146,29 @@ def _compile(command: list[str], library: Path) -> None:
         made.replace(library)
 
 
+def _switched_off() -> bool:
+    return os.environ.get(SWITCH, "").strip().lower() in ("0", "false", "off")
+
+
+def status() -> str:
+    """How the native code stands on this machine, for reports: nothing is compiled for this answer."""
+    if _switched_off():
+        return f"switched off by {SWITCH}={os.environ[SWITCH]}"
+    try:
+        command = [compiler(), *flags()]
+        library = _place(command, folder())
+    except (OSError, ImportError, RuntimeError) as error:
+        return f"cannot be compiled: {error}"
+    if library.exists():
+        return f"{'in use' if operators() is not None else 'compiled, but not usable'}: {library}"
+    found = shutil.which(command[0])
+    return f"not compiled yet: at first use, by {found}" if found else f"there is no compiler {command[0]!r} (CXX)"
+
+
 @functools.cache
 def operators() -> Any:
     """`torch.ops.quant_core_native`, or None if plain calls of torch must serve; that is said once."""
-    if os.environ.get(SWITCH, "").strip().lower() in ("0", "false", "off"):
+    if _switched_off():
         logger.info("%s=%s: caches of 8 bits are read in calls of torch", SWITCH, os.environ[SWITCH])
         return None
     try:
