@@ -146,6 +146,11 @@ class AscendMoEScheme(Scheme):
         hidden = activate(first.multiply(layer, GATE_UP, rows, dtype), self.context.sizes)
         return second.multiply(layer, DOWN, Rows(*second.quantize_rows(layer, DOWN, hidden, counts), counts), dtype)
 
+    @property
+    def sends_int8(self) -> bool:
+        """Whether `compute` takes rows that npu_dynamic_quant made, so that an engine may send them in that form."""
+        return False
+
     def compute_float(self, layer: nn.Module, x: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
         """As `compute`, of rows in float, which an engine has brought to their experts by itself.
 

@@ -1,8 +1,7 @@
 """Experts whose tokens vllm-ascend brings to the ranks that hold them.
 
 Its layer hands over the router's logits, and expects that the method chooses experts, has tokens sent, multiplies, and
-has the results sent back. Tokens are sent in the model's dtype and quantised where they arrive, which gives the same
-numbers as sending codes.
+has the results sent back. Where a type quantises tokens to int8 they are sent so, otherwise in the model's dtype.
 """
 
 from typing import Any
@@ -15,8 +14,10 @@ from vllm_ascend.flash_common3_context import get_flash_common3_context
 from vllm_ascend.ops.fused_moe.experts_selector import select_experts
 from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult
 from vllm_ascend.ops.fused_moe.moe_runtime_args import MoEQuantParams, MoERoutingParams, MoETokenDispatchInput
+from vllm_ascend.quantization.quant_type import QuantType
 
 from quant_core import LimitError
+from quant_core.schemes.routing import Rows
 from vllm_ascend_quant.methods.experts import AscendFusedMoEMethod
 
 #: Attributes of vllm-ascend's layer for arrangements that no scheme here follows, and what they are.
@@ -84,13 +85,17 @@ class AscendDispatchedFusedMoEMethod(AscendFusedMoEMethod):
                     mc2_mask=options.get("mc2_mask"),
                     apply_router_weight_on_input=options.get("apply_router_weight_on_input", False),
                 ),
-                quant=MoEQuantParams(),
+                quant=MoEQuantParams(QuantType.W8A8 if scheme.sends_int8 else QuantType.NONE),
             )
         )
         counts = sent.group_list
         if sent.group_list_type == 0:  # where each expert's rows end
             counts = torch.cat([counts[:1], counts.diff()])
-        y = scheme.compute_float(layer, sent.hidden_states, counts.to(torch.int64), x.dtype)
+        counts = counts.to(torch.int64)
+        if sent.dynamic_scale is None:
+            y = scheme.compute_float(layer, sent.hidden_states, counts, x.dtype)
+        else:
+            y = scheme.compute(layer, Rows(sent.hidden_states, sent.dynamic_scale, counts), x.dtype)
         routed = sender.token_combine(hidden_states=y, combine_metadata=sent.combine_metadata)
         return FusedExpertsResult(routed, group_list_type=sent.group_list_type, expert_tokens=sent.group_list)
 

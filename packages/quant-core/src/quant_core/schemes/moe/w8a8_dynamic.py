@@ -86,6 +86,11 @@ class AscendW8A8DynamicMoEMethod(AscendMoEScheme):
         )
         return self.multiply(layer, DOWN, Rows(codes, scale, rows.counts), dtype)
 
+    @property
+    def sends_int8(self) -> bool:
+        """True, unless inputs have zero points or other codes."""
+        return self.fuses and not _linear(self.halves[GATE_UP]).asymmetric_input
+
     def quantize_rows(self, layer: nn.Module, half: str, x: Tensor, counts: Tensor | None) -> Codes:
         """One scale for each row. Asymmetric inputs are quantised with the product, which needs their zero points."""
         linear = _linear(self.halves[half])
