@@ -48,6 +48,19 @@ TORCHVISION = "torchvision==0.28.0"  # for models of images; the release that fi
 # asked for without "+cpu": where PyTorch's own index is not reached, the build for CUDA (6 GB) does as well. vLLM 0.23
 # caps no transformers, and must not get a release that nobody has tried.
 BESIDE = {VLLM_0_23: ("torch==2.11.0", "torchvision==0.26.0", "transformers==5.24.0")}
+# What NPU users have: vllm-ascend's newest release and what it is made for. It is published as source, and builds its
+# Python part without CANN, for a device that is named (BUILD_VLLM_ASCEND). Its torch comes as a build for CUDA.
+VLLM_ASCEND = ("vllm-ascend==0.23.0.post1", "torch==2.10.0", "torch_npu==2.10.0.post4", "transformers==5.5.4")
+VLLM_ASCEND_NEEDS = (
+    "torchvision==0.25.0",
+    "setuptools<81",
+    "setuptools-scm",
+    "cmake",
+    "pybind11",
+    "wheel",
+    "decorator",
+)
+BUILD_VLLM_ASCEND = {"SOC_VERSION": "ascend910b1", "COMPILE_CUSTOM_KERNELS": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 VLLM_SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a large share of the memory
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default vLLM keeps one core for itself, half of a small machine
@@ -139,11 +152,14 @@ def install_vllm(session: nox.Session, python: Path, vllm: str) -> None:
     """vLLM's CPU build without its requirements, then those that do no harm."""
     torch, torchvision, *others = beside(vllm)
     pip(session, python, "install", "--no-deps", vllm)
-    name = vllm.partition("==")[0]
-    code = f"import importlib.metadata as m; print(*m.requires({name!r}), sep='\\n')"
-    lines = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
-    pip(session, python, "install", torch, *others, *vllm_requirements(lines))
+    pip(session, python, "install", torch, *others, *vllm_requirements(requires(python, vllm)))
     install_torchvision(session, python, torchvision)
+
+
+def requires(python: Path, pinned: str) -> list[str]:
+    """What an installed distribution declares."""
+    code = f"import importlib.metadata as m; print(*m.requires({pinned.partition('==')[0]!r}), sep='\\n')"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
 
 
 def beside(vllm: str) -> tuple[str, ...]:
@@ -188,6 +204,22 @@ def test_environment(session: nox.Session, vllm: str, device: str, *libraries: s
 
     number = torch_npu.partition("==")[2] * (torch_npu != TORCH_NPU)
     return shared(session, f"{name}-{device}{number}", [torch, *extras, *tools], install)
+
+
+def ascend_environment(session: nox.Session) -> Path:
+    """Python of the environment that holds the real vllm-ascend and all that it runs with; needs 8 GB."""
+    vllm_ascend, torch, torch_npu, transformers = VLLM_ASCEND
+    with_torch = [torch, transformers, *VLLM_ASCEND_NEEDS]
+
+    def install(session: nox.Session, python: Path) -> None:
+        pip(session, python, "install", "--no-compile", torch)
+        pip(session, python, "install", "--no-deps", torch_npu, VLLM_0_23)
+        pip(session, python, "install", "--no-compile", *with_torch, *vllm_requirements(requires(python, VLLM_0_23)))
+        build = [str(python), "-m", "pip", "install", "--no-deps", "--no-build-isolation", vllm_ascend]
+        session.run(*build, env=BUILD_VLLM_ASCEND, silent=True, external=True)
+        pip(session, python, "install", torch, transformers, *GROUPS["test"])
+
+    return shared(session, "vllm-ascend", [*VLLM_ASCEND, VLLM_0_23, *VLLM_ASCEND_NEEDS, *GROUPS["test"]], install)
 
 
 def build_environment(session: nox.Session) -> Path:
@@ -458,6 +490,29 @@ def test_schemas(session: nox.Session) -> None:
         tests = ROOT / "packages" / "quant-core" / "tests" / "schemas"
         command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *workers("cpu"), *arguments]
         env = variables("cpu") | older_processor(session, known.isa)
+        session.run(str(python), str(tool), "run", "--", *command, env=env, external=True)
+
+
+# Not by default: its environment is large. torch_npu has wheels for Linux only.
+@nox.session(name="test-ascend", venv_backend="none", default=False)
+def test_ascend(session: nox.Session) -> None:
+    """Test vllm-ascend-quant beside the real vllm-ascend, over stand-ins for CANN; needs gcc, but no NPU."""
+    python, names = ascend_environment(session), tuple(package.name for package in PACKAGES)
+    _, arguments = options(session)
+    install_wheels(session, python, names)
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        tool, settings = ROOT / "tools" / "torch_npu_without_cann.py", ROOT / "pyproject.toml"
+        tests = ROOT / "packages" / "vllm-ascend-quant" / "tests" / "ascend"
+        command = [
+            str(python),
+            "-m",
+            "pytest",
+            "-c",
+            str(settings),
+            str(tests),
+            *arguments,
+        ]  # one process: large imports
+        env = variables("cpu", VLLM_0_23) | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
         session.run(str(python), str(tool), "run", "--", *command, env=env, external=True)
 
 

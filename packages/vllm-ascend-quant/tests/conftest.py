@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+# Needs vllm-ascend and is run by `nox -s test-ascend`, which names the folder.
+collect_ignore = ["ascend"]
+
 REPOSITORY = Path(__file__).parents[3]
 
 #: The folder with models, checkpoints, reference.json and compare.py: the repository's copies, or all of them.

@@ -157,7 +157,8 @@ class AscendQuantizationConfig(AscendRuntimeView, QuantizationConfig):
         made_up = build is not None and build.made_up
         if is_expert_layer(layer):
             method = None if config is None else config._expert_method(layer, name, made_up)
-            return ascend_platform.for_experts(method, layer, **options)
+            found: QuantizeMethodBase | None = ascend_platform.for_experts(method, layer, **options)
+            return found
         if not isinstance(layer, QUANTISABLE):
             return None
         if config is None or config.format is None:

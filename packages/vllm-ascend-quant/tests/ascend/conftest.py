@@ -29,10 +29,11 @@ def run_python() -> Callable[..., str]:
     """Run code in a process of its own; what it printed."""
 
     def run(code: str, *arguments: str, **env: str) -> str:
-        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        import platform_model
+
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | env,
+            env=platform_model.environment() | env,
             capture_output=True,
             text=True,
             check=False,

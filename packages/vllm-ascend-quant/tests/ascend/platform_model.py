@@ -6,6 +6,7 @@ operators that vllm-ascend compiles for it.
 
 import functools
 import gc
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -181,14 +182,25 @@ def answers(config: Any, model: nn.Module, rank: int = 0, ranks: int = 1) -> dic
                 bias = None if row and rank > 0 else layer.bias
                 y = method.apply(layer, x, None if layer.skip_bias_add else bias)
             elif "FusedMoE" in type(layer).__name__:
-                x = torch.randn(ROWS, layer.hidden_size, generator=generator).bfloat16()
-                logits = torch.randn(ROWS, layer.moe_config.num_experts, generator=generator)
-                y = experts(config, layer, x, logits)
+                y = experts(config, layer, *tokens(layer, name))
             else:
                 continue
         scheme = getattr(method, "quant_method", method)
         found[name] = Answer(output=y, scheme=type(scheme).__name__, calls=counter.counts)
     return found
+
+
+def tokens(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Tokens [ROWS, hidden] for a layer of experts, and the router's logits."""
+    generator = torch.Generator().manual_seed(len(name))
+    x = torch.randn(ROWS, layer.hidden_size, generator=generator).bfloat16()
+    return x, torch.randn(ROWS, layer.moe_config.num_experts, generator=generator)
+
+
+def environment() -> dict[str, str]:
+    """The variables of a process that is to find this module."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def experts(config: Any, layer: Any, x: Tensor, logits: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import functools
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from quant_core import LimitError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -53,6 +55,22 @@ def for_experts(method: Any, layer: "nn.Module", tid2eid: Any = None, **_: Any) 
         return unquantised_experts(layer, tid2eid)
     method.tid2eid = tid2eid
     return method
+
+
+def refuse_absorbed(name: str, quant_type: str) -> None:
+    """See that no layer is quantised whose weight vllm-ascend's latent attention multiplies into others.
+
+    Raises:
+        LimitError: names the layer.
+
+    """
+    if is_active():
+        raise LimitError(
+            f"{name}: vllm-ascend's latent attention (MLA) reads the weight of this layer in float",
+            found=f"a {quant_type} layer",
+            todo="leave kv_b_proj in float when the model is quantised",
+            layer=name,
+        )
 
 
 def expert_method_class() -> "type[AscendFusedMoEMethod]":

@@ -84,8 +84,10 @@ class AscendLinearMethod(LinearMethodBase):
         self.refuse_bias_added_twice(layer)
         # Not by `register_weight_loader_v2_supported_method`: it goes by names of classes, and vllm-ascend has one of
         # this name whose parameters cannot be loaded so.
-        parallel = isinstance(layer, (ColumnParallelLinear, RowParallelLinear))
-        self.add_parameters(layer, layer.weight_loader_v2 if parallel else load_replicated)
+        loader: Callable[..., None] = load_replicated
+        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
+            loader = layer.weight_loader_v2
+        self.add_parameters(layer, loader)
         # Schemes written for vllm-ascend remember sizes that a hook was given: those of the whole layer on this rank.
         scheme.params(input_size_per_partition, sum(output_partition_sizes))
 

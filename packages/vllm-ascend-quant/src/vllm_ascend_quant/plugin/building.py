@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig
 
-from vllm_ascend_quant import compat, installed
+from vllm_ascend_quant import ascend_platform, compat, installed
 from vllm_ascend_quant.config import AscendQuantizationConfig, while_building
 from vllm_ascend_quant.files import loaders
 from vllm_ascend_quant.plugin import wrappers
@@ -58,6 +58,7 @@ def build(original: Callable[..., nn.Module], vllm_config: Any, *, prefix: str =
         remade |= decide_caches(model, served, vllm_config)
         for layer in compat.layers_read_back(model):
             if isinstance(layer.quant_method, AscendLinearMethod):
+                ascend_platform.refuse_absorbed(layer.quant_method.name, str(layer.quant_method.quant.quant_type))
                 layer.quant_method.read_back = True
         refuse_what_is_read(model)
         biased = [add_norm_biases(model, served), add_linear_biases(model, served)]
