@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+# Needs Ray and is run by `nox -s test-ray`, which names the folder: pytest then takes it all the same.
+collect_ignore = ["nodes"]
+
 REPOSITORY = Path(__file__).parents[3]
 
 #: The folder with models, checkpoints, reference.json and compare.py: the repository's copies, or all of them.
