@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -69,9 +68,7 @@ print("alive", sum(node["Alive"] for node in ray.nodes()))
 def _wait(python: str, address: str, nodes: int, log: Path, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        done = subprocess.run(
-            [python, "-c", COUNT, address], capture_output=True, text=True, env=dict(os.environ), check=False
-        )
+        done = subprocess.run([python, "-c", COUNT, address], capture_output=True, text=True, check=False)
         if f"alive {nodes}" in done.stdout:
             return
         time.sleep(1)
