@@ -43,6 +43,7 @@ VLLM_WITHOUT = {"torchaudio", "torchcodec"}
 # Its transformers is pinned beside it, because nothing here fits any release of that.
 COMPRESSED_TENSORS = ("compressed-tensors==0.20.1", "transformers==5.24.0")
 COMPRESSED_TENSORS_OLDER = ("0.17.1", "0.18.0", "0.19.0")
+RAY = "ray==2.60.0"  # for tests of engines on several nodes only
 TORCHVISION = "torchvision==0.28.0"  # for models of images; the release that fits that torch
 # What is beside a vLLM in the place of these. The library of 0.23 (to 0.26) does not load under another torch. That is
 # asked for without "+cpu": where PyTorch's own index is not reached, the build for CUDA (6 GB) does as well. vLLM 0.23
@@ -467,6 +468,13 @@ def test_compressed_tensors_older(session: nox.Session) -> None:
     for version in COMPRESSED_TENSORS_OLDER:
         libraries = (f"compressed-tensors=={version}", *COMPRESSED_TENSORS[1:])
         run_tests(session, dataclasses.replace(package, libraries=libraries))
+
+
+# Not by default, for its time: two nodes and up to two engines for each test. Ray's nodes need Linux or macOS.
+@nox.session(name="test-ray", venv_backend="none", default=False)
+def test_ray(session: nox.Session) -> None:
+    """Test vLLM's Ray executor over two nodes of Ray on this machine, one of which lacks something."""
+    run_tests(session, dataclasses.replace(PACKAGES[-1], libraries=(RAY,)), "nodes")
 
 
 @nox.session(venv_backend="none", default=False)

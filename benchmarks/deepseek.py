@@ -22,13 +22,14 @@ _BYTES = {"I8": 1, "F32": 4, "BF16": 2}
 Tensor = tuple[str, str, list[int], str]
 
 
-def tensors() -> Iterator[Tensor]:
-    """All of about 140,000 tensors."""
+def tensors(experts: str = "W8A8_DYNAMIC") -> Iterator[Tensor]:
+    """All of about 140,000 tensors; experts of another type have more of them."""
     yield "model.embed_tokens.weight", "BF16", [129280, HIDDEN], "FLOAT"
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
         for name, (inputs, outputs) in ATTENTION.items():
-            yield from _linear(f"{prefix}.self_attn.{name}", inputs, outputs, name in _FLOAT)
+            quant_type = "FLOAT" if name in _FLOAT else "W8A8_DYNAMIC"
+            yield from _linear(f"{prefix}.self_attn.{name}", inputs, outputs, quant_type)
         norms = {"q_a": 1536, "kv_a": 512}
         for name, size in norms.items():
             yield f"{prefix}.self_attn.{name}_layernorm.weight", "BF16", [size], "FLOAT"
@@ -41,29 +42,32 @@ def tensors() -> Iterator[Tensor]:
         yield f"{prefix}.mlp.gate.e_score_correction_bias", "F32", [EXPERTS], "FLOAT"
         yield from _mlp(f"{prefix}.mlp.shared_experts", EXPERT)
         for expert in range(EXPERTS):
-            yield from _mlp(f"{prefix}.mlp.experts.{expert}", EXPERT)
+            yield from _mlp(f"{prefix}.mlp.experts.{expert}", EXPERT, experts)
     yield "model.norm.weight", "BF16", [HIDDEN], "FLOAT"
     yield "lm_head.weight", "BF16", [129280, HIDDEN], "FLOAT"
 
 
-def _mlp(prefix: str, size: int) -> Iterator[Tensor]:
+def _mlp(prefix: str, size: int, quant_type: str = "W8A8_DYNAMIC") -> Iterator[Tensor]:
     for name in ("gate_proj", "up_proj"):
-        yield from _linear(f"{prefix}.{name}", HIDDEN, size)
-    yield from _linear(f"{prefix}.down_proj", size, HIDDEN)
+        yield from _linear(f"{prefix}.{name}", HIDDEN, size, quant_type)
+    yield from _linear(f"{prefix}.down_proj", size, HIDDEN, quant_type)
 
 
-def _linear(module: str, inputs: int, outputs: int, is_float: bool = False) -> Iterator[Tensor]:
-    if is_float:
+def _linear(module: str, inputs: int, outputs: int, quant_type: str = "W8A8_DYNAMIC") -> Iterator[Tensor]:
+    if quant_type == "FLOAT":
         yield f"{module}.weight", "BF16", [outputs, inputs], "FLOAT"
         return
-    yield f"{module}.weight", "I8", [outputs, inputs], "W8A8_DYNAMIC"
-    yield f"{module}.weight_scale", "F32", [outputs, 1], "W8A8_DYNAMIC"
-    yield f"{module}.weight_offset", "F32", [outputs, 1], "W8A8_DYNAMIC"
+    int4 = quant_type == "W4A8_DYNAMIC"  # per channel: two output features in a byte, and the operator's auxiliary
+    yield f"{module}.weight", "I8", [outputs // 2 if int4 else outputs, inputs], quant_type
+    yield f"{module}.weight_scale", "F32", [outputs, 1], quant_type
+    yield f"{module}.weight_offset", "F32", [outputs, 1], quant_type
+    if int4:
+        yield f"{module}.scale_bias", "F32", [outputs, 16 if module.endswith("down_proj") else 1], quant_type
 
 
-def write(folder: Path, files: int = 160) -> int:
+def write(folder: Path, files: int = 160, experts: str = "W8A8_DYNAMIC") -> int:
     """Write the folder; how many keys its description has. The files are sparse: their data is never read."""
-    every = list(tensors())
+    every = list(tensors(experts))
     description = {name: quant_type for name, _, _, quant_type in every}
     description |= {"version": "1.0.0", "model_quant_type": "W8A8_DYNAMIC", "group_size": 0}
     (folder / "quant_model_description.json").write_text(json.dumps(description, indent=2))

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-# Needs vllm-ascend and is run by `nox -s test-ascend`, which names the folder.
-collect_ignore = ["ascend"]
+# Run by `nox -s test-ascend`, which has vllm-ascend, and `nox -s test-ray`, which has Ray: each names its folder.
+collect_ignore = ["ascend", "nodes"]
 
 REPOSITORY = Path(__file__).parents[3]
 

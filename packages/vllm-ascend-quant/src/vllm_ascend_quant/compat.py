@@ -254,12 +254,24 @@ def has_cpu_latent_attention(layer: Any) -> bool:
     return type(layer.impl) is importlib.import_module("vllm.v1.attention.backends.mla.cpu_mla").CPUMLAImpl
 
 
-def is_elsewhere(model: "nn.Module", path: str) -> bool:
-    """Whether another pipeline-parallel rank holds what stands at a path."""
+def paths_elsewhere(model: "nn.Module") -> frozenset[str]:
+    """The paths in the place of whose modules another pipeline-parallel rank has something."""
     missing = importlib.import_module("vllm.model_executor.models.utils").PPMissingLayer
-    modules = dict(model.named_modules())
+    return frozenset(
+        path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, missing)
+    )
+
+
+def is_elsewhere(path: str, elsewhere: Collection[str]) -> bool:
+    """Whether what stands at a path is at or below one of `paths_elsewhere`."""
     parts = path.split(".")
-    return any(isinstance(modules.get(".".join(parts[:end])), missing) for end in range(1, len(parts) + 1))
+    return any(".".join(parts[:end]) in elsewhere for end in range(1, len(parts) + 1))
+
+
+def leave_unread(model: "nn.Module", modules: Collection[str]) -> None:
+    """Have vLLM leave out the files that hold nothing but tensors of these modules; up to 0.28 it reads every file."""
+    if not hasattr(model, "is_unused_checkpoint_weight"):  # some drafts answer by themselves
+        model.is_unused_checkpoint_weight = lambda name: name.rpartition(".")[0] in modules  # type: ignore[assignment]
 
 
 def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
@@ -305,6 +317,7 @@ CALL_WORKERS = "vllm.v1.engine.core:EngineCore.collective_rpc"
 START_ENGINES = "vllm.v1.engine.utils:CoreEngineProcManager.__init__"
 LOAD_MODEL = "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"
 WAIT_FOR_ENGINES = "vllm.v1.engine.utils:wait_for_engine_startup"
+START_WORKERS = "vllm.v1.executor.abstract:Executor.__init__"
 SAVE_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.save_model"
 LOAD_STATE = "vllm.model_executor.model_loader.sharded_state_loader:ShardedStateLoader.load_weights"
 

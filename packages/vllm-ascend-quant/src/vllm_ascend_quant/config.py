@@ -32,6 +32,7 @@ from vllm_ascend_quant import ascend_platform
 from vllm_ascend_quant.ascend_platform.runtime import AscendRuntimeView
 from vllm_ascend_quant.compat import check_complete, map_name
 from vllm_ascend_quant.placement.paths import without_prefix
+from vllm_ascend_quant.versions import check_same, packages
 
 
 class AscendQuantizationConfig(AscendRuntimeView, QuantizationConfig):
@@ -59,7 +60,7 @@ class AscendQuantizationConfig(AscendRuntimeView, QuantizationConfig):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class of a third party's format is made at run time, so it is found by the format's name.
-        return _new_config, (self.format_name,), self.__dict__
+        return _new_config, (self.format_name, packages(self.format_name)), self.__dict__
 
     @classmethod
     def format_class(cls) -> type[QuantFormat]:
@@ -268,7 +269,9 @@ def config_class(format_name: str) -> type[AscendQuantizationConfig]:
     return type(f"Ascend{title}Config", (AscendQuantizationConfig,), {"format_name": format_name})
 
 
-def _new_config(format_name: str) -> AscendQuantizationConfig:
+def _new_config(format_name: str, made_with: Mapping[str, str]) -> AscendQuantizationConfig:
+    """A config as it is unpickled, before what it holds is; raises as `check_same`."""
+    check_same(format_name, made_with)
     return config_class(format_name)()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from quant_core import LayerQuant, LayerQuery, QuantFormat, StoredForm
+from vllm_ascend_quant import compat
 from vllm_ascend_quant.placement.guessing import guessed_modules
 from vllm_ascend_quant.placement.paths import ModelPaths
 
@@ -69,6 +70,7 @@ class ServedModel:
         cache_tensors: the parameters that tensors of quantised caches go to, by the checkpoint's names of these.
         drafts_only: the first components of the names of tensors that are in the folder for a draft, and which this
             model's loader would not know: those of layers for multi-token prediction (`mtp.`).
+        elsewhere: the checkpoint modules that only other pipeline-parallel ranks hold.
 
     """
 
@@ -82,6 +84,7 @@ class ServedModel:
     drafts_only: tuple[str, ...] = ()
     caches: dict[str, LayerQuant] = field(default_factory=dict)
     cache_tensors: dict[str, str] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -91,6 +94,12 @@ class ServedModel:
         modules = list(quant_format.modules) or guessed_modules(model, quant_format)
         paths = ModelPaths(model, modules)
         served = cls(quant_format, model_config, made_up, paths, Loading(model_config.model))
+        missing = compat.paths_elsewhere(model)
+        if missing:
+            places = ((module, paths.paths_of(module)) for module in modules)
+            served.elsewhere = frozenset(
+                module for module, at in places if at and all(compat.is_elsewhere(path, missing) for path in at)
+            )
         if not draft and _MTP not in dict(model.named_children()):
             served.drafts_only = (_MTP,)
         _served[model] = served

@@ -25,7 +25,7 @@ from vllm_ascend_quant.served_model import ServedModel
 def watch_loading(model: nn.Module, served: ServedModel) -> None:
     """From now on, take note of what the model's `load_weights` is given and reports.
 
-    Whatever it raises becomes an error that names the tensor.
+    Whatever it raises becomes an error that names the tensor. Files that hold nothing of this rank are not read.
 
     Raises:
         LoadError: if float tensors would not fit.
@@ -65,6 +65,8 @@ def watch_loading(model: nn.Module, served: ServedModel) -> None:
         return reported
 
     model.load_weights = load_weights  # type: ignore[assignment]
+    if served.elsewhere:
+        compat.leave_unread(model, served.elsewhere)
     if not served.made_up:
         check_rows(model, served, served.format)
 
@@ -119,11 +121,12 @@ def _canonical(
             continue
         canonical = quant_format.canonical_name(name)
         if canonical is not None:
-            if name.rpartition(".")[0] in quantised:
+            module = name.rpartition(".")[0]
+            if module in quantised:
                 canonical = beside_weight(model, canonical)
-            else:
+            elif module not in served.elsewhere:  # whoever holds it checks it
                 check_finite(name, tensor, quant_format)
-            if canonical in weighty:
+            if canonical in weighty and module not in served.elsewhere:
                 check_not_zero(name, tensor, quant_format)
             handed_out.note(tensor)
             yield canonical, tensor

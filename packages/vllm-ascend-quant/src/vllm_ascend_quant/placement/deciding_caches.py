@@ -82,7 +82,8 @@ def _path_of(module: str, layers: dict[str, nn.Module], model: nn.Module, served
     found = {path for path in layers for parent in above if path.startswith(f"{parent}.")}
     if len(found) == 1:
         return found.pop()
-    if not found and any(compat.is_elsewhere(model, path) for path in above):
+    elsewhere = compat.paths_elsewhere(model)
+    if not found and any(compat.is_elsewhere(path, elsewhere) for path in above):
         return None
     raise LayerResolutionError(
         f"{module}: the checkpoint has a quantised cache, and the model {'several' if found else 'no'} attention "

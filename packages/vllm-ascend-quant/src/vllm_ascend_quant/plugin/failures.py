@@ -31,7 +31,7 @@ def start_engines(original: Callable[..., None], manager: Any, *args: Any, **kwa
 
     `wait_for_engines` reads it.
     """
-    if not any(map(_is_ours, (*args, *kwargs.values()))):
+    if not any(map(is_ours, (*args, *kwargs.values()))):
         return original(manager, *args, **kwargs)
     before = os.environ.get(VARIABLE)
     manager.ascend_quant_failure = Path(tempfile.mkdtemp(prefix="vllm-ascend-quant-")) / "failure"  # for this user only
@@ -45,7 +45,7 @@ def start_engines(original: Callable[..., None], manager: Any, *args: Any, **kwa
     return None
 
 
-def _is_ours(config: Any) -> bool:
+def is_ours(config: Any) -> bool:
     """Whether this is vLLM's configuration of a model that we serve, or of one with a draft of ours."""
     speculative = getattr(config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
@@ -59,14 +59,19 @@ def load_model(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) ->
     try:
         return original(*args, **kwargs)
     except QuantError as error:
-        if file := os.environ.get(VARIABLE):
-            part = Path(f"{file}.{os.getpid()}")
-            try:
-                part.write_bytes(pickle.dumps(error))
-                part.replace(file)  # whole, whichever rank was first
-            except OSError as problem:  # a worker on another machine has no such folder; vLLM says what it can
-                logger.info("the front process is not told: %s", problem)
+        leave(error)
         raise
+
+
+def leave(error: QuantError) -> None:
+    """Leave an error of ours to the front process, if it has named a file."""
+    if file := os.environ.get(VARIABLE):
+        part = Path(f"{file}.{os.getpid()}")
+        try:
+            part.write_bytes(pickle.dumps(error))
+            part.replace(file)  # whole, whichever rank was first
+        except OSError as problem:  # a worker on another machine has no such folder; see remote.py
+            logger.info("the front process is not told: %s", problem)
 
 
 def wait_for_engines(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:

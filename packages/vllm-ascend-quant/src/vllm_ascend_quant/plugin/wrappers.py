@@ -17,9 +17,9 @@ variable VLLM_ASCEND_QUANT_DISABLE (names separated by commas). Each is needed f
     latent   latent attention (MLA) asks a quantised kv_b_proj for the dtype of its input (_get_kv_b_proj_input_dtype)
     absorbed and for its float weight (get_and_maybe_dequant_weights, where it was imported)
     read     the same (get_and_maybe_dequant_weights, for whoever imports it later)
-    started, noted, waited
+    started, noted, remote, waited
              an error of ours in a worker is raised in the front process (CoreEngineProcManager.__init__,
-             BaseModelLoader.load_model, wait_for_engine_startup)
+             BaseModelLoader.load_model, Executor.__init__ for one on another node, wait_for_engine_startup)
     saved    save what is needed to load a saved state again (ShardedStateLoader.save_model)
     restored bring layers into the form in which a saved state fits (ShardedStateLoader.load_weights)
 
@@ -64,6 +64,7 @@ ALWAYS = {
     "emptied": Wrapped(compat.CALL_WORKERS, "serving:call_workers"),
     "started": Wrapped(compat.START_ENGINES, "failures:start_engines"),
     "noted": Wrapped(compat.LOAD_MODEL, "failures:load_model"),
+    "remote": Wrapped(compat.START_WORKERS, "remote:start_workers"),
     "waited": Wrapped(compat.WAIT_FOR_ENGINES, "failures:wait_for_engines"),
 }
 
