@@ -148,7 +148,7 @@ class AscendQuantizationConfig(AscendRuntimeView, QuantizationConfig):
 
         """
         check_complete()
-        from vllm_ascend_quant.methods.choice import QUANTISABLE, method_for
+        from vllm_ascend_quant.choice import QUANTISABLE, method_for
         from vllm_ascend_quant.methods.linear import layer_class
         from vllm_ascend_quant.placement.experts import is_expert_layer
 

@@ -20,8 +20,8 @@ from quant_core import (
 )
 from quant_core.errors import listing
 from vllm_ascend_quant import compat
+from vllm_ascend_quant.choice import method_for
 from vllm_ascend_quant.config import AscendQuantizationConfig
-from vllm_ascend_quant.methods.choice import method_for
 from vllm_ascend_quant.methods.linear import AscendLinearMethod, layer_class
 from vllm_ascend_quant.placement.deciding_experts import decide_experts
 from vllm_ascend_quant.placement.paths import modules_with_paths, without_prefix
