@@ -55,11 +55,14 @@ class AscendW4A8DynamicLinearMethod(AscendW8A8DynamicLinearMethod):
         if form.has("scale_bias", default=True):
             shape = form.shape("scale_bias", ())
             parts = shape[1] if len(shape) == 2 else 1
+            # Of parts that cannot be cut every rank keeps all: they are dropped after loading.
+            ranks = self.context.partition.input_parts
+            cut = ranks > 1 and parts % ranks == 0
             params["scale_bias"] = Param(
                 (output_size, parts),
                 form.float_dtype("scale_bias"),
                 output_dim=0,
-                input_dim=1 if parts == input_size else None,  # 16 parts are few, and need not be cut
+                input_dim=1 if cut else None,
                 check=finite,
                 dummy=0.0,
             )
