@@ -38,15 +38,29 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
 
     llm = None
     try:
-        llm = LLM(str(folder), **{**SETTINGS, **options})
+        with collected_once():
+            llm = LLM(str(folder), **{**SETTINGS, **options})
         yield llm
     finally:
-        if llm is not None:
-            # Now and not when the caller's last reference goes: it would take the next engine's process groups along.
-            llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        with collected_once():
+            if llm is not None:
+                # Now, not when the caller's last reference goes: it would take the next engine's process groups along.
+                llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def collected_once() -> Iterator[None]:
+    """Let vLLM start or stop an engine, and collect garbage once behind it.
+
+    It does so nine times, half a second each with all that it imports: more than all else that a small engine does.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("collect", "freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda *_: 0)
+        yield
+    gc.collect()
 
 
 def front(folder: Path | str, **options: Any) -> Any:

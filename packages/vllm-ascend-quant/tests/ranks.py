@@ -10,16 +10,21 @@ from typing import Any
 
 
 class Engine:
-    """A child process that answers prompts with a new engine and ends."""
+    """A child process that answers prompts with a new engine and ends.
 
-    def __init__(self, folder: Path, prompts: list[list[int]], **options: Any) -> None:
+    Its ranks are processes of their own, as always. The engine's core is one too if `core_apart` says so, which is what
+    users have, and takes as long as a rank to start.
+    """
+
+    def __init__(self, folder: Path, prompts: list[list[int]], core_apart: bool = False, **options: Any) -> None:
+        apart = core_apart or options.get("data_parallel_size", 1) > 1
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart))},
         )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([str(folder), prompts, options]))

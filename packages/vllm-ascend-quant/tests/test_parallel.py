@@ -114,7 +114,7 @@ def test_ranks_that_share_a_key_value_head(
 def test_a_parallel_size_that_cuts_a_group() -> None:
     """Groups of 64 of 128 input features cannot be cut over four ranks: the error says what can be done."""
     folder = DATA / "checkpoints" / QWEN3 / "W8A16_GROUP64"
-    printed = ranks.Engine(folder, [[1, 2]], tensor_parallel_size=4).output()
+    printed = ranks.Engine(folder, [[1, 2]], core_apart=True, tensor_parallel_size=4).output()
     # The front process's own words come last: not that its engine did not start, but what a worker raised.
     last = printed.rpartition("Traceback (most recent call last):")[2]
     assert "LimitError: model.layers.0.self_attn.o_proj: weight_scale cannot be cut over 4 tensor-parallel" in last
