@@ -435,18 +435,21 @@ def run_tests(
         session.run(*command, env=variables(device, package.vllm) | older, external=True)
 
 
-def add_test_session(package: Package, default: bool = True) -> None:
-    """Make the session of one row of the table."""
+def add_test_session(package: Package, default: bool = True, only: str = "") -> None:
+    """Make the session of one row of the table, of all its tests or of those that marks select."""
 
     def session_of_package(session: nox.Session) -> None:
-        run_tests(session, package)
+        run_tests(session, package, more=("-m", only) if only else ())
 
     session_of_package.__doc__ = f"Test {package.name} {f'in real {package.vllm}' if package.vllm else 'without vLLM'}."
     nox.session(session_of_package, name=package.session, venv_backend="none", default=default)
 
 
 for row in PACKAGES:
-    add_test_session(row)
+    add_test_session(row, only="not extended" if row.vllm else "")
+
+# Not by default: one more case each of what the tests of the session above show, with engines of several processes.
+add_test_session(dataclasses.replace(PACKAGES[-1], session="test-vllm-extended"), default=False, only="extended")
 
 
 # Which products are right and which is fast differs between processors, so one of them must not decide alone.

@@ -33,6 +33,7 @@ def test_two_ranks_answer_like_one(reference: Any) -> None:
     assert verdict["ok"], verdict["why"]
 
 
+@pytest.mark.extended
 @pytest.mark.xdist_group("engines of several processes")
 def test_ranks_that_share_heads(tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any]) -> None:
     """Two key/value heads on four ranks, whose channels differ widely: another head's scales would show."""

@@ -68,7 +68,10 @@ def generated(results: list[dict[str, Any]]) -> list[list[int]]:
     return [prompt["generated"] for prompt in results]
 
 
-@pytest.mark.parametrize("quant_type", KEYS)
+@pytest.mark.parametrize(
+    "quant_type",
+    [pytest.param(key, marks=pytest.mark.extended if key in ("W8A16", "W8A8_DYNAMIC") else ()) for key in KEYS],
+)
 def test_the_tokens_of_eager_and_reloads(
     quant_type: str,
     tmp_path: Path,

@@ -108,10 +108,19 @@ CUT: dict[str, dict[str, Any]] = {
     "qwen3-moe/W4A8_CHANNEL": EXACT_TP,
     "qwen3-moe/W4A16_GROUP": {},
 }
+#: One for each way of being cut; the others are extended tests.
+CUT_ALWAYS = ("qwen3/W8A8_STATIC_ASYM", "qwen3/W8A8_DYNAMIC", "qwen3/W4A16_ASYM", "qwen3-moe/W4A8_CHANNEL")
 
 
 @pytest.mark.xdist_group("engines of several processes")
-@pytest.mark.parametrize("name", [name for name in CUT if f"llmcompressor/{name}" in SERVED])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in CUT_ALWAYS else pytest.mark.extended)
+        for name in CUT
+        if f"llmcompressor/{name}" in SERVED
+    ],
+)
 def test_two_ranks_answer_like_one(name: str, tmp_path: Path, reference: Any) -> None:
     """Static and weight-only types always, dynamic ones with exact TP."""
     key = f"llmcompressor/{name}"

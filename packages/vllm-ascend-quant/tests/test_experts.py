@@ -94,7 +94,7 @@ EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True, **
     "options",
     [
         {"tensor_parallel_size": 2, **EXACT_TP},
-        EXPERT_PARALLEL,
+        pytest.param(EXPERT_PARALLEL, marks=pytest.mark.extended),
         {**EXPERT_PARALLEL, "expert_placement_strategy": "round_robin"},
     ],
     ids=["tensor parallel", "expert parallel", "expert parallel in turns"],

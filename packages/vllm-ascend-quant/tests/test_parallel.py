@@ -41,7 +41,7 @@ def deviation(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> fl
     ("name", "options"),
     [
         ("W8A8", {"tensor_parallel_size": 2}),
-        ("W8A16_GROUP64", {"tensor_parallel_size": 2}),
+        pytest.param("W8A16_GROUP64", {"tensor_parallel_size": 2}, marks=pytest.mark.extended),
         ("W8A8_DYNAMIC_SHARDED", {"tensor_parallel_size": 2, **EXACT_TP}),
         # Eager mode does not know pipelines on CPU, for any model.
         ("W8A8_DYNAMIC_SHARDED", {"pipeline_parallel_size": 2, "enforce_eager": False}),
@@ -88,7 +88,10 @@ def test_a_dynamic_type_quantises_each_ranks_slice(
     assert np.median(np.abs(logprobs(found) - logprobs(slices))[moved]) < 1e-5
 
 
-@pytest.mark.parametrize(("quant_type", "options"), [("W8A16", {}), ("W8A8_DYNAMIC", EXACT_TP)])
+@pytest.mark.parametrize(
+    ("quant_type", "options"),
+    [pytest.param("W8A16", {}, marks=pytest.mark.extended), ("W8A8_DYNAMIC", EXACT_TP)],
+)
 def test_ranks_that_share_a_key_value_head(
     quant_type: str, options: dict[str, Any], tmp_path: Path, start_engine: Callable[..., Any], ask: Callable[..., Any]
 ) -> None:
