@@ -224,10 +224,10 @@ class AscendModelSlimConfig(AscendQuantizationConfig):
     format_name: ClassVar[str] = "modelslim"
 
     @property
-    def quant_description(self) -> dict[str, Any]:
+    def quant_description(self) -> Mapping[str, Any]:
         """Tensor name to type, as the description file has it."""
         description = getattr(self.format, "description", None)
-        return {} if description is None else dict(description.types)
+        return {} if description is None else description.types
 
 
 class AscendCompressedTensorsConfig(AscendQuantizationConfig):

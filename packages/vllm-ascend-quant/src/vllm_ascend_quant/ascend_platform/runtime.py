@@ -1,6 +1,7 @@
 """What vllm-ascend's runtime reads from a quantisation config beyond what vLLM's interface has."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from quant_core import QuantFormat
@@ -12,20 +13,16 @@ class AscendRuntimeView:
     Attributes:
         enable_fa_quant: that latent or other attention quantises with `fa_k` scales. No: schemes of ours that would
             are refused on that platform, so none of what it reads about them is asked for.
-        enable_indexer_quant: the same of a sparse attention's indexer.
-        kvcache_quant_layers: layers for the first.
-        indexer_quant_layers: layers for the second.
+        kvcache_quant_layers: the layers that do.
 
     """
 
     format: QuantFormat | None
     enable_fa_quant = False
-    enable_indexer_quant = False
     kvcache_quant_layers: tuple[int, ...] = ()
-    indexer_quant_layers: tuple[int, ...] = ()
 
     @property
-    def quant_description(self) -> dict[str, Any]:
+    def quant_description(self) -> Mapping[str, Any]:
         """Tensor name to type, where a format has such a thing.
 
         Asked for norm biases, for which every RMS norm then gets a parameter, and for types that rule out a fusion.
