@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
-import re
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
