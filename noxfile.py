@@ -60,6 +60,7 @@ VLLM_ASCEND_NEEDS = (
     "pybind11",
     "wheel",
     "decorator",
+    "scipy",
 )
 BUILD_VLLM_ASCEND = {"SOC_VERSION": "ascend910b1", "COMPILE_CUSTOM_KERNELS": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 VLLM_SETTINGS = {
