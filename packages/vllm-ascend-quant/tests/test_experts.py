@@ -93,7 +93,7 @@ EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True, **
 @pytest.mark.parametrize(
     "options",
     [
-        {"tensor_parallel_size": 2, **EXACT_TP},
+        pytest.param({"tensor_parallel_size": 2, **EXACT_TP}, marks=pytest.mark.extended),
         pytest.param(EXPERT_PARALLEL, marks=pytest.mark.extended),
         {**EXPERT_PARALLEL, "expert_placement_strategy": "round_robin"},
     ],

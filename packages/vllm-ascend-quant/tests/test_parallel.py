@@ -40,7 +40,7 @@ def deviation(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> fl
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("W8A8", {"tensor_parallel_size": 2}),
+        pytest.param("W8A8", {"tensor_parallel_size": 2}, marks=pytest.mark.extended),
         pytest.param("W8A16_GROUP64", {"tensor_parallel_size": 2}, marks=pytest.mark.extended),
         ("W8A8_DYNAMIC_SHARDED", {"tensor_parallel_size": 2, **EXACT_TP}),
         # Eager mode does not know pipelines on CPU, for any model.
