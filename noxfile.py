@@ -515,15 +515,8 @@ def test_ascend(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
         tool, settings = ROOT / "tools" / "torch_npu_without_cann.py", ROOT / "pyproject.toml"
         tests = ROOT / "packages" / "vllm-ascend-quant" / "tests" / "ascend"
-        command = [
-            str(python),
-            "-m",
-            "pytest",
-            "-c",
-            str(settings),
-            str(tests),
-            *arguments,
-        ]  # one process: large imports
+        # In one process: what it imports takes longer than most tests.
+        command = [str(python), "-m", "pytest", "-c", str(settings), str(tests), *arguments]
         env = variables("cpu", VLLM_0_23) | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
         session.run(str(python), str(tool), "run", "--", *command, env=env, external=True)
 

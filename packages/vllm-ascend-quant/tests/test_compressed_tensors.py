@@ -28,15 +28,15 @@ FOLDER = DATA / "checkpoints" / "llmcompressor"
 #: activations are floor(log2(max)) - emax, and offsets of asymmetric tokens are not rounded, as on an NPU.
 READINGS = {"MXFP4": "@mx_floor", "MXFP8": "@mx_floor", "W8A8_DYNAMIC_ASYM": "@float_offset"}
 
-#: The complaint of the rule that bfloat16 may give, as a pattern; what rounds there is outside the quantised layers.
-#: The first: vLLM's own path for the float model with the same numbers in its weights flips this token too. The second:
-#: one log-probability of all, on processors that multiply bfloat16 in float32 (AVX2); the 99th percentile is within.
+#: The complaint of the rule that bfloat16 may give, as a pattern. The first: vLLM's own path for the float model with
+#: the same numbers in its weights flips this token too, so what rounds is outside the quantised layers. The second: one
+#: log-probability of all, seen (2.58) on a processor with AVX2 only; the 99th percentile is within.
 BEYOND_THE_RULE = {
     (
         "llmcompressor/qwen3-moe/W4A16_GROUP",
         "bfloat16",
     ): r"prompt 3: token 5 is 19, expected 18 \(margin 1.465 > 0.807\)",
-    ("llmcompressor/qwen3/W8A8_DYNAMIC_ASYM", "bfloat16"): r"max 2\.\d+ > 2\.05",
+    ("llmcompressor/qwen3/W8A8_DYNAMIC_ASYM", "bfloat16"): r"max 2\.[0-6]\d* > 2\.05",
 }
 
 EXACT_TP = {"additional_config": {"ascend_quant": {"exact_tp": True}}}

@@ -25,6 +25,7 @@ _UNSERVED = {
     "zero_expert_num": "experts that compute nothing (zero_expert_num)",
     "mix_placement": "shared experts placed among the routed ones (mix_placement)",
     "dynamic_eplb": "load balancing of experts (EPLB)",
+    "log2phy": "experts that are placed by a map, or several times",
 }
 
 
@@ -46,7 +47,8 @@ class AscendDispatchedFusedMoEMethod(AscendFusedMoEMethod):
 
         """
         for name, meaning in _UNSERVED.items():
-            if getattr(layer, name, None):
+            value = getattr(layer, name, None)
+            if isinstance(value, Tensor) or value:
                 raise LimitError(
                     f"{self.name}: quantised experts are not served with {meaning}",
                     todo="serve without it; or leave the format to vllm-ascend, by its name in "
@@ -74,6 +76,8 @@ class AscendDispatchedFusedMoEMethod(AscendFusedMoEMethod):
         """
         scheme, sender = self.quant_method, _EXTRA_CTX.moe_comm_method.token_dispatcher
         weights, ids = self._chosen(x, router_logits, options)
+        if scheme.context.sizes.weight_on_input:  # here, since its dispatcher would multiply again when it combines
+            x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
         sent = sender.token_dispatch(
             token_dispatch_input=MoETokenDispatchInput(
                 hidden_states=x,
@@ -83,7 +87,7 @@ class AscendDispatchedFusedMoEMethod(AscendFusedMoEMethod):
                     expert_map=options.get("expert_map"),
                     global_redundant_expert_num=options.get("global_redundant_expert_num", 0),
                     mc2_mask=options.get("mc2_mask"),
-                    apply_router_weight_on_input=options.get("apply_router_weight_on_input", False),
+                    apply_router_weight_on_input=False,
                 ),
                 quant=MoEQuantParams(QuantType.W8A8 if scheme.sends_int8 else QuantType.NONE),
             )
