@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def decide_caches(model: nn.Module, served: ServedModel, vllm_config: Any) -> bo
         if target is None:
             continue
         if ascend_platform.is_active():
-            _hand_over(layer, getattr(target, NAME).quant_method.quant)
+            _hand_over(layer, getattr(target, NAME).quant_method.quant)  # refuses it
         else:
             _compute_with(layer, target)  # it reads the target's pages, and writes none
     _refuse_float_targets(served, layers, quantised)
@@ -100,7 +101,7 @@ def _take_over(path: str, model: nn.Module, quant: LayerQuant, served: ServedMod
     latent = compat.has_cpu_latent_attention(layer)
     elsewhere = ascend_platform.is_active()
     if elsewhere:
-        _hand_over(layer, quant)
+        deliver = _hand_over(layer, quant)
     elif not latent and not compat.has_cpu_attention(layer):
         raise LimitError(
             f"{path}: a quantised cache of the type {quant.quant_type} is not served for this kind of attention",
@@ -127,23 +128,19 @@ def _take_over(path: str, model: nn.Module, quant: LayerQuant, served: ServedMod
     method = AscendKVCacheMethod(served.format, path, quant, sizes, dtype, served.made_up)
     layer.add_module(NAME, CacheScales(method))
     if elsewhere:
-        method.deliver = functools.partial(_give_scales, layer)
+        method.deliver = deliver
     elif latent:
         _compute_latent(layer, dtype)
     else:
         _compute_with(layer, layer)
 
 
-def _hand_over(layer: Any, quant: LayerQuant) -> None:
-    from vllm_ascend_quant.ascend_platform.attention import hand_over
+def _hand_over(layer: Any, quant: LayerQuant) -> Callable[[nn.Module, AscendAttentionScheme], None]:
+    """Leave a layer to the platform's attention; what is to get its scales once they are processed."""
+    from vllm_ascend_quant.ascend_platform.attention import give_scales, hand_over
 
     hand_over(layer, quant)
-
-
-def _give_scales(layer: nn.Module, scales: nn.Module, scheme: AscendAttentionScheme) -> None:
-    from vllm_ascend_quant.ascend_platform.attention import give_scales
-
-    give_scales(layer, scales, scheme)
+    return functools.partial(give_scales, layer)
 
 
 def _compute_latent(layer: Any, dtype: torch.dtype) -> None:
