@@ -133,6 +133,20 @@ def test_w4a4_dynamic_passes_through_float16_in_vllm_ascend(checkpoints: Path) -
         assert error(ours[layer].output, theirs[layer].output.float()) < 0.003
 
 
+@pytest.mark.parametrize(
+    "name", ["W8A16_GROUP64", "W4A4_FLATQUANT_DYNAMIC", "W4A8_DYNAMIC", "V0_W8A8_LEGACYNAMES", "WFP8AFP8_DYNAMIC"]
+)
+def test_checkpoints_that_only_ours_loads(name: str, checkpoints: Path) -> None:
+    folder = folder_of(checkpoints, f"msmodelslim/qwen3/{name}")
+    config = platform_model.on_cpu(platform_model.front(folder))
+    with planned_device("910B" if name != "WFP8AFP8_DYNAMIC" else "950"), platform_model.loaded(config) as model:
+        assert platform_model.answers(config, model)
+    with pytest.raises((AssertionError, ArithmeticError, NotImplementedError, ValueError)):  # noqa: PT012
+        config = platform_model.with_peers_config(platform_model.on_cpu(platform_model.front(folder)), folder)
+        with platform_model.loaded(config):
+            pass
+
+
 def folder_of(checkpoints: Path, name: str) -> Path:
     folder = checkpoints / name
     if not folder.is_dir():

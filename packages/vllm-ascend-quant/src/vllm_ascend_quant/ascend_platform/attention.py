@@ -7,6 +7,7 @@ from torch import nn
 from vllm_ascend.attention.attention_v1 import AscendAttentionBackendImpl, AscendC8AttentionBackendImpl
 
 from quant_core import AscendAttentionScheme, LayerQuant, LimitError
+from vllm_ascend_quant.ascend_platform.runtime import keeps_int8_pages
 
 #: vllm-ascend reads pages in the NPU's layout, whose innermost axis has so many numbers of a byte.
 _INNERMOST = 32
@@ -16,7 +17,7 @@ def refusal(layer: Any, quant: LayerQuant) -> str | None:
     """Why vllm-ascend cannot serve the quantised cache of an attention layer; None if it can."""
     if type(layer.impl) is not AscendAttentionBackendImpl:
         return f"{type(layer.impl).__name__} keeps no pages of int8 whose scales could be handed over"
-    if quant.quant_type != "C8":
+    if not keeps_int8_pages(quant):
         return f"vllm-ascend has no {quant.quant_type} cache for keys and values"
     if getattr(layer, "kv_sharing_target_layer_name", None):
         return f"the layer shares the cache of {layer.kv_sharing_target_layer_name}"

@@ -4,7 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from quant_core import QuantFormat
+import torch
+
+from quant_core import LayerQuant, QuantFormat, list_schemes
+from quant_core.schemes.caches import QuantisedPages
+
+
+def keeps_int8_pages(quant: LayerQuant) -> bool:
+    """Whether the type of a cache keeps keys and values as int8, which vllm-ascend's attention has as well."""
+    scheme = list_schemes().get((str(quant.quant_type), "attention"))
+    return scheme is not None and issubclass(scheme, QuantisedPages) and scheme.cache_dtype == torch.int8
 
 
 class AscendRuntimeView:
@@ -38,5 +47,6 @@ class AscendRuntimeView:
     def c8_quant_layers(self) -> list[int]:
         """The numbers of these layers, as far as their names have one number."""
         caches = {} if self.format is None else self.format.caches
-        numbers = [re.findall(r"(?<=\.)\d+(?=\.)", name) for name, q in caches.items() if q.quant_type == "C8"]
+        int8 = [name for name, quant in caches.items() if keeps_int8_pages(quant)]
+        numbers = [re.findall(r"(?<=\.)\d+(?=\.)", name) for name in int8]
         return [int(found[0]) for found in numbers if len(found) == 1]
