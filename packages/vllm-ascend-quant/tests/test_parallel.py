@@ -45,6 +45,7 @@ def deviation(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> fl
         ("W8A8_DYNAMIC_SHARDED", {"tensor_parallel_size": 2, **EXACT_TP}),
         # Eager mode does not know pipelines on CPU, for any model.
         ("W8A8_DYNAMIC_SHARDED", {"pipeline_parallel_size": 2, "enforce_eager": False}),
+        pytest.param("W8A8C8_ASYM", {"pipeline_parallel_size": 2, "enforce_eager": False}, marks=pytest.mark.extended),
     ],
 )
 def test_two_ranks_answer_like_one(name: str, options: dict[str, Any], reference: Any) -> None:

@@ -33,7 +33,7 @@ def decide_caches(model: nn.Module, served: ServedModel, vllm_config: Any) -> bo
     layers = {path: module for path, module in model.named_modules() if compat.is_attention(module)}
     quantised: dict[str, nn.Module] = {}
     for module, quant in caches.items():
-        path = _path_of(module, layers, model, served)
+        path = _path_of(module, layers, served)
         if path is None:
             continue
         _take_over(path, model, quant, served, vllm_config)
@@ -73,7 +73,7 @@ def _refuse_float_targets(served: ServedModel, layers: dict[str, nn.Module], qua
             )
 
 
-def _path_of(module: str, layers: dict[str, nn.Module], model: nn.Module, served: ServedModel) -> str | None:
+def _path_of(module: str, layers: dict[str, nn.Module], served: ServedModel) -> str | None:
     """The attention layer that a checkpoint's attention module is loaded into; None if another rank has it.
 
     It stands below the module that holds the projections: their places are known.
@@ -83,8 +83,7 @@ def _path_of(module: str, layers: dict[str, nn.Module], model: nn.Module, served
     found = {path for path in layers for parent in above if path.startswith(f"{parent}.")}
     if len(found) == 1:
         return found.pop()
-    elsewhere = compat.paths_elsewhere(model)
-    if not found and any(compat.is_elsewhere(path, elsewhere) for path in above):
+    if not found and any(name in served.elsewhere for name in below):
         return None
     raise LayerResolutionError(
         f"{module}: the checkpoint has a quantised cache, and the model {'several' if found else 'no'} attention "
